@@ -1,0 +1,66 @@
+"""paraval: parallel evaluation of expensive functions, behind one interface, without losing a result.
+
+The public names are imported when they are first used, so that ``import paraval`` is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from paraval.backends.serial import SerialEvaluator as SerialEvaluator
+    from paraval.backends.thread import ThreadPoolEvaluator as ThreadPoolEvaluator
+    from paraval.engine.ledger import Statistics as Statistics
+    from paraval.errors import EvaluatorClosedError as EvaluatorClosedError
+    from paraval.errors import JobFailedError as JobFailedError
+    from paraval.errors import JobsFailedError as JobsFailedError
+    from paraval.errors import MaximumJobsSpawnReached as MaximumJobsSpawnReached
+    from paraval.errors import ParavalError as ParavalError
+    from paraval.evaluator import Evaluator as Evaluator
+    from paraval.job import HPOJob as HPOJob
+    from paraval.job import Job as Job
+    from paraval.job import JobStatus as JobStatus
+    from paraval.job import JobTiming as JobTiming
+    from paraval.job import RunningJob as RunningJob
+    from paraval.outcome import JobError as JobError
+
+_MODULES: Final = {
+    "Evaluator": "paraval.evaluator",
+    "EvaluatorClosedError": "paraval.errors",
+    "HPOJob": "paraval.job",
+    "Job": "paraval.job",
+    "JobError": "paraval.outcome",
+    "JobFailedError": "paraval.errors",
+    "JobStatus": "paraval.job",
+    "JobTiming": "paraval.job",
+    "JobsFailedError": "paraval.errors",
+    "MaximumJobsSpawnReached": "paraval.errors",
+    "ParavalError": "paraval.errors",
+    "RunningJob": "paraval.job",
+    "SerialEvaluator": "paraval.backends.serial",
+    "Statistics": "paraval.engine.ledger",
+    "ThreadPoolEvaluator": "paraval.backends.thread",
+}
+_SUBMODULES: Final = ("callback", "errors", "storage")
+
+__all__ = [*_MODULES, *_SUBMODULES, "__version__"]  # noqa: PLE0604 - the names of the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"paraval.{name}")
+    elif name == "__version__":
+        from importlib.metadata import version  # here: it takes longer than all the rest
+
+        value = version("paraval")
+    else:
+        raise AttributeError(f"module 'paraval' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

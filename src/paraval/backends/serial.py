@@ -1,0 +1,64 @@
+"""Jobs as coroutines on the engine's own loop."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, outcome_of
+from paraval.errors import BadValueError
+from paraval.evaluator import Evaluator
+from paraval.functions import describe, is_async
+from paraval.job import Job
+
+__all__ = ["SerialEvaluator"]
+
+
+class SerialSlot(Slot):
+    """Awaits the run-function in the worker's own task: a job costs no task and no cancel scope of its own."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec
+
+    async def run(self, batch: Batch) -> None:
+        spec = self._spec
+        while (job := batch.take()) is not None:
+            batch.finish(job, await outcome_of(self._call(job, spec)))
+
+    @staticmethod
+    async def _call(job: Job, spec: RunSpec) -> Any:
+        function: Any = job.run_function
+        return await function(job.create_running_job(spec.stopper), **spec.kwargs)
+
+
+class SerialBackend(Backend):
+    """Slots on the engine's own loop."""
+
+    cancellation: ClassVar[Cancellation] = "cancel"
+
+    def slot(self, spec: RunSpec) -> Slot:
+        return SerialSlot(spec)
+
+
+class SerialEvaluator(Evaluator):
+    """Runs ``async`` run-functions as coroutines, up to ``num_workers`` at a time, on one event loop.
+
+    For run-functions that wait: on a network, a subprocess, a device. A job that is cancelled or times out gets a
+    cancellation at its next ``await``; one that blocks the loop cannot be stopped, and blocks the others too.
+    With ``async with`` that loop is the caller's own, so run-functions can share its connections.
+
+    See :class:`~paraval.Evaluator` for the arguments.
+
+    Raises:
+        ValueError: ``run_function`` is not a coroutine function.
+    """
+
+    cancellation: ClassVar[Cancellation] = "cancel"
+    parallel: ClassVar[str] = "coroutines"
+
+    def _make_backend(self) -> Backend:
+        if not is_async(self.run_function):
+            raise BadValueError(
+                f"SerialEvaluator needs an 'async def' run-function and {describe(self.run_function)} is none: "
+                "use ThreadPoolEvaluator (method 'thread') for it"
+            )
+        return SerialBackend()

@@ -1,0 +1,139 @@
+"""Jobs in threads of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import queue
+import threading
+from typing import Any, ClassVar
+
+import anyio
+
+from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot
+from paraval.evaluator import Evaluator
+from paraval.job import Job
+from paraval.loops import Loop
+from paraval.outcome import Outcome, error_from_exception
+
+__all__ = ["ThreadPoolEvaluator"]
+
+
+class ThreadSlot(Slot):
+    """One thread, which lives as long as the slot.
+
+    A thread cannot be killed: a job that goes on after it was asked to stop is left behind, and the slot is not used
+    again until that call has really returned.
+    """
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec
+        self._loop = Loop.running()
+        self._returned = anyio.Event()
+        self._returned.set()
+        self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._thread: _JobThread | None = None
+
+    async def run(self, batch: Batch) -> None:
+        if self._thread is None:
+            self._thread = _JobThread(self._spec, self._inbox, self._hand_back)
+            self._thread.start()
+        self._returned = anyio.Event()
+        self._inbox.put(batch)
+        try:
+            await self._returned.wait()
+        except BaseException:
+            self._thread.cancel_coroutine()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.kill_grace):
+                await self._returned.wait()
+            raise
+
+    async def recover(self) -> None:
+        await self._returned.wait()
+
+    def close(self) -> None:
+        self._inbox.put(None)
+
+    def _hand_back(self) -> None:
+        """Say, from the thread, that the batch is through. A loop that is gone has nobody waiting."""
+        self._loop.call_soon(self._returned.set)
+
+
+class _JobThread(threading.Thread):
+    """Runs batches until it gets None. A daemon: a job that never returns must not keep the program from ending."""
+
+    def __init__(self, spec: RunSpec, inbox: queue.SimpleQueue[Batch | None], hand_back: Any) -> None:
+        super().__init__(name="paraval-job", daemon=True)
+        self._spec = spec
+        self._inbox = inbox
+        self._hand_back = hand_back
+        self._runner: asyncio.Runner | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    def run(self) -> None:
+        try:
+            while (batch := self._inbox.get()) is not None:
+                while (job := batch.take()) is not None:
+                    batch.finish(job, self._outcome_of(job))
+                self._hand_back()
+                del batch, job  # an idle thread must not keep the last job alive
+        finally:
+            if self._runner is not None:
+                self._runner.close()
+
+    def cancel_coroutine(self) -> None:
+        """Cancel the current job if it is a coroutine. Called from the engine's loop."""
+        runner, task = self._runner, self._task
+        if runner is not None and task is not None:
+            runner.get_loop().call_soon_threadsafe(task.cancel)
+
+    def _outcome_of(self, job: Job) -> Outcome:
+        spec = self._spec
+        try:
+            function: Any = job.run_function
+            value = function(job.create_running_job(spec.stopper), **spec.kwargs)
+            if inspect.iscoroutine(value):
+                value = self._complete(value)
+            return Outcome(value)
+        except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
+            return Outcome(error=error_from_exception(exc))
+
+    def _complete(self, coroutine: Any) -> Any:
+        """Run a coroutine to its end on this thread's own loop."""
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+
+        async def watched() -> Any:
+            self._task = asyncio.current_task()
+            try:
+                return await coroutine
+            finally:
+                self._task = None
+
+        return self._runner.run(watched())
+
+
+class ThreadBackend(Backend):
+    """A thread for each slot."""
+
+    cancellation: ClassVar[Cancellation] = "cooperative"
+
+    def slot(self, spec: RunSpec) -> Slot:
+        return ThreadSlot(spec)
+
+
+class ThreadPoolEvaluator(Evaluator):
+    """Runs run-functions in ``num_workers`` threads of this process.
+
+    For run-functions that release the GIL (NumPy, scikit-learn, I/O). An ``async`` run-function runs on an event loop
+    of its thread. Cancellation is cooperative: ``job.stopped()`` turns true (a coroutine is cancelled); a job that goes
+    on is given up after ``kill_grace`` seconds, and its thread is not used again until the call has really returned.
+
+    See :class:`~paraval.Evaluator` for the arguments.
+    """
+
+    cancellation: ClassVar[Cancellation] = "cooperative"
+    parallel: ClassVar[str] = "threads"
+
+    def _make_backend(self) -> Backend:
+        return ThreadBackend()

@@ -1,0 +1,59 @@
+"""What users pass in, looked at once: each function gives the value back, or raises one clear error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from paraval.errors import BadValueError, WrongTypeError
+from paraval.job import Job
+
+__all__ = ["Args", "configuration", "configurations", "job_class", "positive_int", "seconds"]
+
+Args = Mapping[str, Any]
+"""The arguments of one job."""
+
+
+def configurations(args_list: object) -> list[Args]:
+    """Take the argument of ``submit``: an iterable of dicts."""
+    if isinstance(args_list, Mapping):
+        raise WrongTypeError("submit takes a list of dicts, one for each job: put the dict in a list")
+    if isinstance(args_list, str | bytes) or not isinstance(args_list, Iterable):
+        raise WrongTypeError(f"submit takes a list of dicts, one for each job, not {type(args_list).__name__}")
+    taken = list(args_list)
+    for index, args in enumerate(taken):
+        if type(args) is not dict and not isinstance(args, Mapping):  # the first question is much the cheaper
+            raise WrongTypeError(f"item {index} of the list must be a dict of arguments, not {type(args).__name__}")
+    return taken
+
+
+def configuration(args: object) -> Args:
+    """Take the argument of ``evaluate``: a dict."""
+    if not isinstance(args, Mapping):
+        raise WrongTypeError(f"evaluate takes a dict of arguments, not {type(args).__name__}")
+    return args
+
+
+def positive_int(name: str, value: object) -> int:
+    """Take a count of something."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadValueError(f"{name} must be a positive int, not {value!r}")
+    return value
+
+
+def seconds(name: str, value: object, *, or_zero: bool) -> float:
+    """Take a duration; NaN and infinity are none."""
+    sign = "non-negative" if or_zero else "positive"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise WrongTypeError(f"{name} must be a {sign} number of seconds, not {value!r}")
+    if not 0 <= value < math.inf or (value == 0 and not or_zero):
+        raise BadValueError(f"{name} must be a {sign} number of seconds, not {value!r}")
+    return float(value)
+
+
+def job_class(value: object) -> type[Job]:
+    """Take a class of jobs."""
+    if not isinstance(value, type) or not issubclass(value, Job):
+        raise WrongTypeError(f"job_class must be Job, HPOJob or a subclass of one, not {value!r}")
+    return value

@@ -1,0 +1,19 @@
+"""The engine: the task group, dispatch and batches, deadlines, settling, the ledger, and who owns the loop."""
+
+from paraval.engine.batching import Batching
+from paraval.engine.engine import Engine, EngineSettings
+from paraval.engine.ledger import Gate, Ledger, Statistics, waker
+from paraval.engine.lifecycle import Lifecycle
+from paraval.engine.notify import Notifier
+
+__all__ = [
+    "Batching",
+    "Engine",
+    "EngineSettings",
+    "Gate",
+    "Ledger",
+    "Lifecycle",
+    "Notifier",
+    "Statistics",
+    "waker",
+]

@@ -1,0 +1,513 @@
+"""The engine: a task group whose workers pull jobs from a memory channel and run them on the backend's slots.
+
+It lives on one event loop, from :meth:`Engine.run`'s start to its end, and knows no backend by name. Whatever happens
+to a job becomes an outcome, and every outcome is settled in :meth:`Engine._settle`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
+
+from paraval.backends.base import Backend, Batch, Ended, RunSpec, Slot, outcome_of
+from paraval.engine.batching import STALL_S, Batching, BatchSizer
+from paraval.engine.deadlines import Deadlines
+from paraval.engine.ledger import Ledger
+from paraval.engine.notify import Notifier
+from paraval.engine.queue import JobQueue
+from paraval.errors import EvaluatorClosedError, StorageError
+from paraval.job import Job, JobStatus
+from paraval.loops import Doorbell, Loop
+from paraval.outcome import JobError, Outcome, error_from_exception
+from paraval.storage import JobChange, Storage
+
+__all__ = ["Engine", "EngineSettings"]
+
+_logger = logging.getLogger("paraval")
+
+_MARGIN_S: Final = 0.4
+"""How long after the grace a job may take to be seen ended before it is given up."""
+_HIRE_AT_ONCE: Final = 64
+_YIELD_S: Final = 0.001
+"""A worker whose jobs never wait lets the loop's other tasks run this often."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an engine is made of; the evaluator's own settings, and what outlives the engine.
+
+    Attributes:
+        execute: runs one job in place of the slot (an overridden ``Evaluator.execute``), or None.
+    """
+
+    backend: Backend
+    spec: RunSpec
+    ledger: Ledger
+    notifier: Notifier
+    storage: Storage
+    num_workers: int
+    job_timeout: float | None
+    batching: Batching
+    execute: Callable[[Job], Awaitable[Job]] | None
+
+
+class _Worker:
+    """One worker: its slot, what it runs, and the scope that interrupts it."""
+
+    __slots__ = ("batch", "scope", "slot", "watched")
+
+    # Slot and scope are made by the worker's own task: where the worker is hired there may be no task.
+    slot: Slot
+    scope: anyio.CancelScope
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.watched = False
+
+
+class Engine:
+    """Runs jobs. Make it and run it on the loop that shall be its home.
+
+    ``submit``, ``cancel``, ``budget_changed`` and ``stop`` may be called from any thread.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._spec = settings.spec
+        self._clock = settings.spec.clock
+        self._ledger = settings.ledger
+        self._queue = JobQueue()
+        self._deadlines = Deadlines(self._clock)
+        self._sizer = BatchSizer(settings.batching, settings.num_workers)
+        self._doorbell = Doorbell(self._broken)
+        # Ctrl-C is for the main task, not for a job. asyncio sees to that by itself.
+        self._worker_main = self._work if self.loop.is_asyncio else _protected_from_ctrl_c(self._work)
+        self._workers: set[_Worker] = set()
+        self._idle = 0
+        # Every job that is not settled. Whoever pops a job from here settles it: so each is settled once.
+        self._open: dict[str, Job] = {}
+        self._holders: dict[str, _Worker] = {}
+        self._reasons: dict[str, JobError] = {}
+        self._unsaved: list[tuple[list[Job], list[JobChange]]] = []
+        self._attention = anyio.Event()
+        self._stopping = False
+        self._all_settled = anyio.Event()
+        self._closing = False
+        self._given_back: list[Job] = []
+        self.ended = False
+
+    # -- from any thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def loop(self) -> Loop:
+        """The loop it lives on."""
+        return self._doorbell.loop
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs that the ledger expects.
+
+        Raises:
+            EvaluatorClosedError: the loop is gone.
+        """
+        if self.loop.is_here:
+            self._admit(jobs)
+        else:
+            self._doorbell.ring(self._admit, jobs)
+
+    def cancel(self, job: Job, message: str) -> None:
+        """Stop one job, wherever it is."""
+        self._doorbell.ring(self._cancel, job, JobError("cancelled", message))
+
+    def budget_changed(self) -> None:
+        """Look at the spec's ``budget_end`` anew."""
+        self._doorbell.ring(self._watch_budget)
+
+    def stop(self) -> None:
+        """Stop every job, then end."""
+        self._doorbell.ring(self._begin_stop)
+
+    def check(self) -> None:
+        """Raise EvaluatorClosedError when the loop has gone without a word."""
+        if not self.ended and not self.loop.is_running:
+            raise EvaluatorClosedError("the event loop that runs the jobs was stopped under the evaluator")
+
+    def running(self) -> tuple[int, float]:
+        """Count the jobs that run now, and the seconds they have run so far."""
+        now = self._clock()
+        current = [worker.batch.current for worker in list(self._workers) if worker.batch is not None]
+        starts = [job._started for job in current if job is not None and job._started is not None]
+        return len(starts), sum(now - start for start in starts)
+
+    def give_up(self) -> None:
+        """Settle what is left, from another thread, when the loop does not answer any more."""
+        self._closing = True
+        self._settle_all(self._open, JobError("cancelled", "the evaluator was closed; the job did not stop"))
+
+    @property
+    def given_back(self) -> list[Job]:
+        """The jobs that were cancelled by the stop."""
+        return self._given_back
+
+    # -- the life of the engine ----------------------------------------------------------------------------------------
+
+    async def run(self, started: Callable[[], object]) -> None:
+        """Work until :meth:`stop`; ``started()`` is called when submissions are welcome."""
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._deadlines.watch, name="paraval deadlines")
+                self._watch_budget()
+                started()
+                while not self._stopping:
+                    await self._hire(group)
+                await self._wind_up()
+                group.cancel_scope.cancel()
+        except BaseException as exc:
+            if not self._closing:
+                error = EvaluatorClosedError("the event loop or the task that runs the jobs ended under the evaluator")
+                error.__cause__ = exc
+                self._ledger.fail(error)
+            raise
+        finally:
+            self._doorbell.close()
+            self._settle_all(self._open, JobError("cancelled", "the evaluator's event loop ended"))
+            self._save_the_unsaved()
+            self.ended = True
+            self._ledger.look_again()
+
+    async def _wind_up(self) -> None:
+        self._closing = True
+        reason = JobError("cancelled", "the evaluator was closed")
+        self._stop_everything(reason)
+        with anyio.move_on_after(self._spec.kill_grace + _MARGIN_S):
+            if self._open:
+                await self._all_settled.wait()
+        self._settle_all(self._open, reason)
+
+    # -- admitting -----------------------------------------------------------------------------------------------------
+
+    def _admit(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._open[job.id] = job
+        if self._clock() >= self._spec.budget_end:
+            self._settle_all([job.id for job in jobs], _OUT_OF_BUDGET)
+            return
+        self._queue.put(jobs)
+        if self._missing_workers:
+            self._attention.set()
+
+    @property
+    def _missing_workers(self) -> int:
+        """How many more workers there should be: up to one for each job that no idle worker will take."""
+        return min(len(self._queue) - self._idle, self._settings.num_workers - len(self._workers))
+
+    async def _hire(self, group: TaskGroup) -> None:
+        """Start the workers that are missing, then wait until some may be again."""
+        self._attention = anyio.Event()
+        while self._missing_workers > 0:
+            for _ in range(min(self._missing_workers, _HIRE_AT_ONCE)):
+                worker = _Worker()
+                self._workers.add(worker)
+                group.start_soon(self._worker_main, worker, name="paraval worker")
+            await anyio.lowlevel.checkpoint()  # the first may begin while the next are started
+        if not self._stopping:
+            await self._attention.wait()
+
+    def _begin_stop(self) -> None:
+        self._stopping = True
+        self._attention.set()
+
+    async def execute_on_slot(self, job: Job) -> Job:
+        """Run a job that a worker has taken on that worker's slot; for an overridden ``Evaluator.execute``."""
+        inner = Batch([job], self._clock)
+        await self._holders[job.id].slot.run(inner)
+        for _, outcome, _ in inner.collect():
+            job.settle(outcome)
+        return job
+
+    # -- the workers ---------------------------------------------------------------------------------------------------
+
+    async def _work(self, worker: _Worker) -> None:
+        worker.slot = self._settings.backend.slot(self._spec)
+        try:
+            while True:
+                # One scope serves many jobs: an interruption ends it, and the worker goes on with a new one.
+                with anyio.CancelScope() as worker.scope:
+                    await self._pull_and_run(worker)
+                self._clean_up(worker, self._stop_reason(worker))
+                await worker.slot.recover()
+        finally:
+            self._workers.discard(worker)
+            self._clean_up(worker, JobError("cancelled", "the evaluator's event loop ended"))
+            worker.slot.close()
+
+    async def _pull_and_run(self, worker: _Worker) -> None:
+        last_yield = self._clock()
+        # The scope is looked at before each pull: a cancellation that came too late for a job must not meet the next.
+        while not worker.scope.cancel_called:
+            job = self._queue.pull_nowait()
+            if job is None:
+                self._idle += 1
+                try:
+                    job = await self._queue.pull()
+                finally:
+                    self._idle -= 1
+                last_yield = self._clock()
+            elif self._clock() - last_yield > _YIELD_S:
+                self._queue.put_back([job])
+                await anyio.lowlevel.checkpoint()
+                last_yield = self._clock()
+                continue
+            await self._run_batch(worker, job)
+
+    async def _run_batch(self, worker: _Worker, first: Job) -> None:
+        jobs = self._fill(first)
+        if not jobs or not self._note_start(worker, jobs):
+            return
+        worker.batch = batch = Batch(jobs, self._clock)
+        self._watch(worker, batch)
+        try:
+            if self._settings.execute is None:
+                await worker.slot.run(batch)
+            else:
+                await _execute_one(self._settings.execute, batch)
+        except Exception as exc:  # noqa: BLE001 - the slot failed: that is an outcome of its job, and of no other
+            if batch.current is not None:
+                error = error_from_exception(exc)._replace(kind="worker_died")
+                batch.finish(batch.current, Outcome(error=error))
+        if batch.waiting:
+            self._return_to_queue(batch.reclaim())
+        elif not batch.was_reclaimed:
+            self._sizer.learn(len(jobs), self._clock() - batch.created)
+        worker.batch = None
+        self._settle(batch.collect())
+
+    def _fill(self, first: Job) -> list[Job]:
+        size = self._sizer.next_size(len(self._queue) + 1) if self._settings.execute is None else 1
+        jobs = [first]
+        while len(jobs) < size and (job := self._queue.pull_nowait()) is not None:
+            jobs.append(job)
+        return [job for job in jobs if job._status is JobStatus.READY]  # the others were cancelled while they waited
+
+    def _note_start(self, worker: _Worker, jobs: list[Job]) -> bool:
+        self._ledger.started(len(jobs))
+        for job in jobs:
+            self._holders[job.id] = worker
+        return len(jobs) > 1 or self._record_running(jobs[0])
+
+    def _record_running(self, job: Job) -> bool:
+        """Store that a job runs. The tiny jobs of a batch are spared it, unless one turns out not to be tiny."""
+        try:
+            self._settings.storage.update([JobChange(job.id, status=JobStatus.RUNNING.value)])
+        except Exception as exc:  # noqa: BLE001 - a store may raise anything
+            self._storage_failed(exc)
+            return False
+        return True
+
+    def _clean_up(self, worker: _Worker, reason: JobError) -> None:
+        """After an interrupted batch: settle its current job, give the others back."""
+        batch, worker.batch = worker.batch, None
+        if batch is None:
+            return
+        self._settle(batch.collect())
+        if batch.current is not None:
+            self._settle([(batch.current, Outcome(error=reason, cancelled=True), self._clock())])
+        self._return_to_queue(batch.reclaim())
+
+    def _return_to_queue(self, jobs: list[Job]) -> None:
+        if jobs:
+            self._ledger.started(-len(jobs))
+            for job in jobs:
+                self._holders.pop(job.id, None)
+            if not self._closing:  # else they were settled, or will be
+                self._queue.put_back(jobs)
+
+    # -- time and cancellation -----------------------------------------------------------------------------------------
+
+    def _watch(self, worker: _Worker, batch: Batch) -> None:
+        """Keep an eye on a batch: one check for each worker at a time, however many batches it runs."""
+        if worker.watched:
+            return
+        due = self._next_check(batch)
+        if due is not None:
+            worker.watched = True
+            self._deadlines.add(due, lambda now: self._check(worker, now))
+
+    def _check(self, worker: _Worker, now: float) -> float | None:
+        batch = worker.batch
+        if batch is None:
+            worker.watched = False
+            return None
+        if now - batch.created >= STALL_S:
+            self._settle(batch.collect())
+            self._return_to_queue(batch.reclaim())
+            if batch.current is not None and len(batch) > 1:
+                self._record_running(batch.current)
+        job, limit = batch.current, self._settings.job_timeout
+        if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
+            self._interrupt(worker, job, JobError("timeout", f"the job ran longer than job_timeout={limit:g} s"))
+            worker.watched = False
+            return None
+        due = self._next_check(batch)
+        if due is None:
+            worker.watched = False
+            return None
+        return max(due, now + 0.001)
+
+    def _next_check(self, batch: Batch) -> float | None:
+        limit = self._settings.job_timeout
+        due = batch.created + STALL_S if batch.waiting else math.inf
+        if limit is not None:
+            job = batch.current
+            start = job._started if job is not None else None
+            due = min(due, (batch.created if start is None else start) + limit)
+        return None if due == math.inf else due
+
+    def _watch_budget(self) -> None:
+        if self._spec.budget_end < math.inf:
+            self._deadlines.add(self._spec.budget_end, self._check_budget)
+
+    def _check_budget(self, now: float) -> None:
+        if now >= self._spec.budget_end:  # else it was moved, and another check comes
+            self._stop_everything(_OUT_OF_BUDGET)
+
+    def _stop_everything(self, reason: JobError) -> None:
+        for worker in list(self._workers):
+            batch = worker.batch
+            if batch is not None:
+                self._settle(batch.collect())
+                self._return_to_queue(batch.reclaim())
+        self._settle_all([key for key in self._open if key not in self._holders], reason)
+        for worker in list(self._workers):
+            if worker.batch is not None and worker.batch.current is not None:
+                self._interrupt(worker, worker.batch.current, reason)
+
+    def _cancel(self, job: Job, reason: JobError) -> None:
+        if job.id not in self._open:
+            return
+        worker = self._holders.get(job.id)
+        batch = None if worker is None else worker.batch
+        if worker is None or batch is None:
+            self._settle_all([job.id], reason)
+        elif batch.withdraw(job):
+            self._ledger.started(-1)
+            self._settle_all([job.id], reason)
+        elif batch.current is job:
+            self._interrupt(worker, job, reason)
+        else:  # this very moment it is being taken, or was finished: look again
+            self._deadlines.add(self._clock() + 0.001, lambda _now: self._cancel(job, reason))
+
+    def _interrupt(self, worker: _Worker, job: Job, reason: JobError) -> None:
+        """Make a running job stop; it is settled when it has, or when it would not."""
+        if job.id in self._reasons:
+            return
+        self._reasons[job.id] = reason
+        job._status = JobStatus.CANCELLING
+        worker.scope.cancel()
+        message = f"{reason.message}; the job did not stop"
+        refused = Outcome(error=reason._replace(message=message), cancelled=True)
+        due = self._clock() + self._spec.kill_grace + _MARGIN_S
+        self._deadlines.add(due, lambda now: self._settle([(job, refused, now)]))
+
+    def _stop_reason(self, worker: _Worker) -> JobError:
+        job = worker.batch.current if worker.batch is not None else None
+        default = JobError("cancelled", "the job was cancelled")
+        return default if job is None else self._reasons.get(job.id, default)
+
+    # -- settling ------------------------------------------------------------------------------------------------------
+
+    def _settle_all(self, job_ids: Iterable[str], reason: JobError) -> None:
+        now = self._clock()
+        jobs = [self._open[job_id] for job_id in list(job_ids) if job_id in self._open]
+        self._settle([(job, Outcome(error=reason, cancelled=True), now) for job in jobs])
+
+    def _settle(self, ended: Sequence[Ended]) -> None:
+        """Give each job its one terminal record: on the job, in the storage, then to whoever waits for it."""
+        jobs: list[Job] = []
+        changes: list[JobChange] = []
+        for job, reported, finished in ended:
+            if self._open.pop(job.id, None) is None:
+                continue  # settled already: it was given up, and came back after all
+            self._holders.pop(job.id, None)
+            reason = self._reasons.pop(job.id, None) if self._reasons else None
+            job._finished = finished
+            job.settle(reported if reason is None else _stopped(job, reported, reason))
+            jobs.append(job)
+            changes.append(
+                JobChange(
+                    job.id, status=job._status.value, out=job.stored_output, error=job.error, metadata=job.metadata
+                )
+            )
+        if jobs:
+            self._save(jobs, changes)
+        if self._closing and not self._open:
+            self._all_settled.set()
+
+    def _save(self, jobs: list[Job], changes: list[JobChange]) -> None:
+        try:
+            self._settings.storage.update(changes)
+        except Exception as exc:  # noqa: BLE001 - a store may raise anything
+            self._unsaved.append((jobs, changes))
+            self._storage_failed(exc)
+            return
+        if self._settings.notifier.callbacks:
+            for job in jobs:
+                self._settings.notifier.call("on_done", job)
+        if self._closing:
+            stopped = [job for job in jobs if job._status is JobStatus.CANCELLED]
+            self._given_back += [job for job in stopped if not self._ledger.is_private(job)]
+            self._ledger.deliver(stopped, mail=False)
+            jobs = [job for job in jobs if job._status is not JobStatus.CANCELLED]
+        self._ledger.deliver(jobs)
+
+    def _broken(self, exc: BaseException) -> None:
+        """A call from another thread failed: that is a defect of ours, and whoever waits must hear of it."""
+        error = EvaluatorClosedError(f"the engine failed: {type(exc).__name__}: {exc}")
+        error.__cause__ = exc
+        self._ledger.fail(error)
+        self._begin_stop()
+
+    def _storage_failed(self, exc: Exception) -> None:
+        """Stop clearly: what could not be saved is not shown as done."""
+        _logger.error("the storage failed, so no result can be acknowledged", exc_info=exc)
+        error = StorageError(f"the storage failed, so no result can be acknowledged: {type(exc).__name__}: {exc}")
+        error.__cause__ = exc
+        self._ledger.fail(error)
+
+    def _save_the_unsaved(self) -> None:
+        """At the end: a last try for the outcomes that the storage had refused."""
+        unsaved, self._unsaved = self._unsaved, []
+        for jobs, changes in unsaved:
+            self._save(jobs, changes)
+        for jobs, _ in self._unsaved:
+            _logger.error("never saved: %s", ", ".join(job.id for job in jobs))
+            self._ledger.deliver(jobs, mail=False)
+
+
+_OUT_OF_BUDGET: Final = JobError("timeout", "the evaluator's timeout ran out")
+
+
+def _stopped(job: Job, outcome: Outcome, reason: JobError) -> Outcome:
+    """Turn what a job gave after it was asked to stop into its outcome: it was stopped, whatever it returned."""
+    if outcome.error is None and outcome.value is not None:
+        job.metadata["returned"] = outcome.value
+    return Outcome(error=reason, cancelled=True)
+
+
+async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch) -> None:
+    job = batch.take()
+    if job is not None:
+        batch.finish(job, await outcome_of(execute(job)))
+
+
+def _protected_from_ctrl_c(function: Callable[..., Any]) -> Callable[..., Any]:
+    import trio  # here: it is an extra, and it is imported already when it runs
+
+    protected: Callable[..., Any] = trio.lowlevel.enable_ki_protection(function)
+    return protected

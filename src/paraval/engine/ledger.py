@@ -1,0 +1,342 @@
+"""The ledger: what was submitted, what is done and waits to be gathered, and everyone who waits for either.
+
+It is the one place where threads and tasks of any loop meet the engine, and the one place where anything waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+
+from paraval.errors import ParavalError
+from paraval.job import Job, JobStatus
+from paraval.loops import Loop
+
+__all__ = ["Gate", "Ledger", "Statistics", "waker"]
+
+_LIVENESS_S: Final = 0.5
+"""How often a blocked thread looks whether anyone can still wake it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """A moment of an evaluator; ``submitted`` is the sum of the five counts after it.
+
+    Attributes:
+        submitted: jobs submitted so far.
+        pending: of them, not started.
+        running: of them, started and not ended.
+        done: of them, ended with a result.
+        failed: of them, ended with a failure (they raised, their worker died, or they returned ``"F…"``).
+        cancelled: of them, stopped: a timeout, a cancellation, the end of the evaluator.
+        utilisation: busy worker-seconds over available worker-seconds (0 to 1), from the first submit to the last end
+            of a job, or to now while there is work.
+        callback_errors: how often a callback raised.
+    """
+
+    submitted: int
+    pending: int
+    running: int
+    done: int
+    failed: int
+    cancelled: int
+    utilisation: float
+    callback_errors: int = 0
+
+
+class _Waiter:
+    __slots__ = ("despite_failure", "error", "ready", "wake")
+
+    def __init__(self, ready: Callable[[], bool], wake: Callable[[], object], despite_failure: bool) -> None:
+        self.ready = ready
+        self.wake = wake
+        self.despite_failure = despite_failure
+        self.error: ParavalError | None = None
+
+
+class Gate:
+    """What one thread waits at until another opens it; it can be opened from any thread, several times."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def open(self) -> None:
+        """Let the waiting thread through."""
+        with contextlib.suppress(RuntimeError):  # it is open
+            self._lock.release()
+
+    def wait(self, check: Callable[[], object] | None = None, timeout: float | None = None) -> bool:
+        """Block until it is opened; False when ``timeout`` seconds passed first.
+
+        ``check`` is called every half second meanwhile; it raises when nobody is left to open the gate.
+        """
+        left = math.inf if timeout is None else timeout
+        while not self._lock.acquire(timeout=min(left, _LIVENESS_S)):
+            left -= _LIVENESS_S
+            if left <= 0:
+                return False
+            if check is not None:
+                check()
+        return True
+
+
+class Ledger:
+    """Counts and the mailbox, under one lock.
+
+    Attributes:
+        submitted: jobs submitted, private ones too.
+        settled: jobs that ended, private ones too.
+        in_flight: public jobs submitted and not yet in the mailbox.
+        pending: jobs submitted and not started, roughly: kept for back-pressure.
+        failure: why no more outcomes will come, or None.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._mailbox: deque[Job] = deque()
+        self._waiters: list[_Waiter] = []
+        self._private: dict[str, Callable[[], object]] = {}
+        self._delivered = 0
+        self.submitted = 0
+        self.settled = 0
+        self.in_flight = 0
+        self.pending = 0
+        self.done = 0
+        self.failed = 0
+        self.cancelled = 0
+        self.busy_s = 0.0
+        self.first_submit: float | None = None
+        self.last_end: float | None = None
+        self.failure: ParavalError | None = None
+
+    # -- the engine's side ---------------------------------------------------------------------------------------------
+
+    def expect(self, jobs: Sequence[Job], now: float, private: Callable[[], object] | None = None) -> None:
+        """Note jobs that are being submitted; a private one goes to ``private()``, not to the mailbox."""
+        with self._lock:
+            if self.first_submit is None:
+                self.first_submit = now
+            self.submitted += len(jobs)
+            self.pending += len(jobs)
+            if private is None:
+                self.in_flight += len(jobs)
+            else:
+                for job in jobs:
+                    self._private[job.id] = private
+
+    def started(self, count: int) -> None:
+        """Note that jobs left the queue for a worker (negative: that they came back)."""
+        with self._lock:
+            self.pending -= count
+            self._wake_the_ready()
+
+    def deliver(self, jobs: Sequence[Job], *, mail: bool = True) -> None:
+        """Hand over jobs that have ended and are recorded; without ``mail`` their gatherer is whoever closes."""
+        wakes: list[Callable[[], object]] = []
+        with self._lock:
+            for job in jobs:
+                self._count(job)
+                if self._private and job.id in self._private:
+                    wakes.append(self._private.pop(job.id))
+                else:
+                    self.in_flight -= 1
+                    if mail:
+                        self._delivered += 1
+                        self._mailbox.append(job)
+            self._wake_the_ready()
+        for wake in wakes:
+            wake()
+
+    def fail(self, error: ParavalError) -> None:
+        """Wake everyone with an error: nothing more will come. It stays until :meth:`reopen`."""
+        with self._lock:
+            self.failure = error
+            for waiter in [waiter for waiter in self._waiters if not waiter.despite_failure]:
+                self._waiters.remove(waiter)
+                waiter.error = error
+                waiter.wake()
+            wakes = list(self._private.values())
+        for wake in wakes:
+            wake()
+
+    def reopen(self) -> None:
+        """Forget a failure: a new engine is at work."""
+        self.failure = None
+
+    def look_again(self) -> None:
+        """Have everyone who waits look whether it is ready: something outside the ledger changed."""
+        with self._lock:
+            self._wake_the_ready()
+
+    def is_private(self, job: Job) -> bool:
+        """Whether the job belongs to whoever evaluates it, and not to gather."""
+        return job.id in self._private
+
+    def forget(self, jobs: Sequence[Job]) -> None:
+        """Undo :meth:`expect` for jobs that could not be submitted."""
+        with self._lock:
+            self.submitted -= len(jobs)
+            self.pending -= len(jobs)
+            for job in jobs:
+                if self._private.pop(job.id, None) is None:
+                    self.in_flight -= 1
+
+    def _count(self, job: Job) -> None:
+        self.settled += 1
+        if job._started is None:
+            self.pending -= 1  # it was never given to a worker
+        elif job._finished is not None:
+            self.busy_s += job._finished - job._started
+        self.last_end = job._finished
+        if job._status is JobStatus.CANCELLED:
+            self.cancelled += 1
+        elif job.failed:
+            self.failed += 1
+        else:
+            self.done += 1
+
+    def _wake_the_ready(self) -> None:
+        if self._waiters:
+            ready = [waiter for waiter in self._waiters if waiter.ready()]
+            for waiter in ready:
+                self._waiters.remove(waiter)
+                waiter.wake()
+
+    # -- the caller's side ---------------------------------------------------------------------------------------------
+
+    def statistics(
+        self, now: float, num_workers: int, running: int, running_s: float, callback_errors: int
+    ) -> Statistics:
+        """Take a picture; ``running`` jobs have run for ``running_s`` seconds together so far."""
+        with self._lock:
+            at_work = self.settled < self.submitted
+            begin = now if self.first_submit is None else self.first_submit
+            end = now if at_work or self.last_end is None else self.last_end
+            available_s = (end - begin) * num_workers
+            running = min(running, self.submitted - self.settled)
+            return Statistics(
+                submitted=self.submitted,
+                pending=self.submitted - self.settled - running,
+                running=running,
+                done=self.done,
+                failed=self.failed,
+                cancelled=self.cancelled,
+                utilisation=min(1.0, (self.busy_s + running_s) / available_s) if available_s > 0 else 0.0,
+                callback_errors=callback_errors,
+            )
+
+    @property
+    def ungathered(self) -> int:
+        """How many jobs wait in the mailbox."""
+        return len(self._mailbox)
+
+    def take(self, limit: int | None = None) -> list[Job]:
+        """Take jobs from the mailbox, oldest first, at most ``limit``."""
+        with self._lock:
+            mailbox = self._mailbox
+            if limit is None:
+                jobs = list(mailbox)
+                mailbox.clear()
+                return jobs
+            return [mailbox.popleft() for _ in range(min(limit, len(mailbox)))]
+
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Undo a take whose jobs could not be handed on."""
+        with self._lock:
+            self._mailbox.extendleft(reversed(jobs))
+
+    def peek(self) -> list[Job]:
+        """Give the jobs in the mailbox without taking them."""
+        with self._lock:
+            return list(self._mailbox)
+
+    def when_all_done(self) -> Callable[[], bool]:
+        """Make the condition that every public job that is in flight now has been delivered."""
+        with self._lock:
+            target = self._delivered + self.in_flight
+        # A closing evaluator takes jobs out of flight without delivering them: then there is nothing to wait for.
+        return lambda: self._delivered >= target or self.in_flight == 0
+
+    def when_batch_done(self, size: int) -> Callable[[], bool]:
+        """Make the condition that ``size`` jobs can be gathered, or that no more will come."""
+        return lambda: len(self._mailbox) >= size or self.in_flight == 0
+
+    def wait(
+        self,
+        ready: Callable[[], bool],
+        check: Callable[[], object] | None = None,
+        timeout: float | None = None,
+        *,
+        despite_failure: bool = False,
+    ) -> bool:
+        """Block this thread until ``ready()``.
+
+        Args:
+            ready: looked at under the lock whenever something changes.
+            check: called every half second meanwhile; it raises when nobody is left to wake us.
+            timeout: seconds; None waits for as long as it takes.
+            despite_failure: go on waiting after a failure; for who waits for the end.
+
+        Returns:
+            Whether it became ready.
+
+        Raises:
+            ParavalError: the failure of the engine.
+        """
+        gate = Gate()
+        with self._lock:
+            if not despite_failure:
+                self._refuse_if_failed()
+            if ready():
+                return True
+            waiter = _Waiter(ready, gate.open, despite_failure)
+            self._waiters.append(waiter)
+        try:
+            if not gate.wait(check, timeout):
+                return False
+        finally:
+            self._forget(waiter)
+        if waiter.error is not None:
+            raise waiter.error
+        return True
+
+    async def wait_async(self, ready: Callable[[], bool], *, despite_failure: bool = False) -> None:
+        """Wait, on any loop, until ``ready()``; as :meth:`wait`."""
+        with self._lock:
+            if not despite_failure:
+                self._refuse_if_failed()
+            if ready():
+                return
+            waiter = _Waiter(ready, waker(event := anyio.Event()), despite_failure)
+            self._waiters.append(waiter)
+        try:
+            await event.wait()
+        finally:
+            self._forget(waiter)
+        if waiter.error is not None:
+            raise waiter.error
+
+    def _forget(self, waiter: _Waiter) -> None:
+        with self._lock:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def _refuse_if_failed(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+def waker(event: anyio.Event) -> Callable[[], object]:
+    """Give a function that sets an event of this loop from any thread."""
+    loop = Loop.running()
+    return lambda: event.set() if loop.is_here else loop.call_soon(event.set)

@@ -1,0 +1,222 @@
+"""The life of an evaluator's engine: opened by submit, closed, opened again; in a thread or in the caller's loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Final
+
+import anyio
+import anyio.to_thread
+from anyio.abc import TaskGroup
+
+from paraval.engine.engine import Engine
+from paraval.engine.ledger import Ledger
+from paraval.engine.thread_home import run_in_thread
+from paraval.errors import EvaluatorClosedError, ForkedError, UsageError
+from paraval.job import Job
+from paraval.loops import Loop
+
+__all__ = ["Lifecycle"]
+
+_PATIENCE_S: Final = 1.5
+"""How long, beyond the grace, a close waits for a loop that does not answer."""
+
+
+class Lifecycle:
+    """At most one engine at a time. Usable from any thread.
+
+    Args:
+        make_engine: makes an engine on the running loop.
+        ledger: outlives the engines.
+        kill_grace: seconds; bounds how long a close may take.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], ledger: Ledger, kill_grace: float) -> None:
+        self._make_engine = make_engine
+        self._ledger = ledger
+        self._kill_grace = kill_grace
+        self._lock = threading.Lock()  # never held while waiting for a loop that may itself want it
+        self._engine: Engine | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._home: _CallersLoop | None = None
+        self._pid = os.getpid()
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine at work, or None."""
+        return self._engine
+
+    @property
+    def is_open_in_thread(self) -> bool:
+        """Whether a thread of our own is at work in this process."""
+        return self._thread is not None and self._pid == os.getpid()
+
+    def check(self) -> None:
+        """Raise when what we wait for cannot come any more."""
+        engine = self._engine
+        if engine is not None:
+            engine.check()
+
+    def refuse_after_fork(self) -> None:
+        """Raise ForkedError in a child of the process that made the evaluator."""
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"this evaluator belongs to process {self._pid} and cannot be used in its fork {os.getpid()}: "
+                "its threads and its event loop did not come along. Make an evaluator in the child"
+            )
+
+    def refuse_on_home(self, call: str, instead: str) -> None:
+        """Raise UsageError where a blocking call would block the very loop that runs the jobs."""
+        engine = self._engine
+        home = engine.loop if engine is not None else self._home.loop if self._home is not None else None
+        if home is not None and home.is_here:
+            raise UsageError(f"{call} would block the event loop that runs the jobs: use 'await {instead}' here")
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Give jobs to the engine; open one if there is none.
+
+        Raises:
+            EvaluatorClosedError: the loop is gone.
+        """
+        if self._closing:
+            self.refuse_on_home("submitting while the evaluator is being closed", "aclose()")
+            self._ledger.wait(lambda: not self._closing, self.check, despite_failure=True)
+        with self._lock:
+            if self._home is not None and not self._home.loop.is_here and self._engine is None:
+                if not self._home.loop.call_soon(self.submit, jobs):
+                    raise EvaluatorClosedError("the event loop that runs the jobs is gone")
+                return
+            self._open().submit(jobs)
+
+    def _open(self) -> Engine:
+        engine = self._engine
+        if engine is not None and engine.ended:  # its loop ended without a close
+            self._engine = engine = self._thread = None
+        if engine is None:
+            self._ledger.reopen()
+            if self._home is None:
+                engine, self._thread = run_in_thread(self._make_engine)
+            else:
+                engine = self._home.start(self._make_engine)
+            self._engine = engine
+        return engine
+
+    # -- closing -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> list[Job]:
+        """Stop everything; block until it has stopped, or does not within the grace. Idempotent.
+
+        Returns:
+            The jobs that were cancelled by it.
+
+        Raises:
+            UsageError: called on the loop that runs the jobs.
+        """
+        self.refuse_on_home("close()", "aclose()")
+        engine = self._begin_close()
+        if engine is None:
+            self._ledger.wait(lambda: not self._closing, despite_failure=True, timeout=self._bound)
+            return []
+        try:
+            self._ledger.wait(lambda: engine.ended, engine.check, self._bound, despite_failure=True)
+        except EvaluatorClosedError:
+            pass  # the loop is gone; what it left is settled below
+        finally:
+            thread = self._end_close(engine)
+        if thread is not None:
+            thread.join(_PATIENCE_S)
+        return engine.given_back
+
+    async def aclose(self) -> list[Job]:
+        """Do as :meth:`close` does, on any loop; a cancellation does not cut it short."""
+        with anyio.CancelScope(shield=True):
+            engine = self._begin_close()
+            with anyio.move_on_after(self._bound):
+                done = (lambda: not self._closing) if engine is None else (lambda: engine.ended)
+                await self._ledger.wait_async(done, despite_failure=True)
+            thread = None if engine is None else self._end_close(engine)
+            if thread is not None:
+                await anyio.to_thread.run_sync(thread.join, _PATIENCE_S)
+        return [] if engine is None else engine.given_back
+
+    @property
+    def _bound(self) -> float:
+        return self._kill_grace + _PATIENCE_S
+
+    def _begin_close(self) -> Engine | None:
+        """Ask the engine to stop; None when there is none, or when another thread closes it already."""
+        with self._lock:
+            engine = self._engine
+            if engine is None or self._closing:
+                return None
+            self._closing = True
+        with contextlib.suppress(EvaluatorClosedError):  # the loop is gone; what it left is settled by _end_close
+            engine.stop()
+        return engine
+
+    def _end_close(self, engine: Engine) -> threading.Thread | None:
+        if not engine.ended:
+            engine.give_up()
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._engine = None
+            self._closing = False
+        self._ledger.look_again()
+        return thread if engine.ended else None
+
+    # -- the caller's loop as the home ---------------------------------------------------------------------------------
+
+    async def enter(self) -> None:
+        """Make the running loop the home, until :meth:`exit`.
+
+        Raises:
+            UsageError: it is entered already, or jobs are at work in the thread of our own.
+        """
+        if self._home is not None:
+            raise UsageError("this evaluator was entered with 'async with' already; leave that block first")
+        if self._engine is not None:
+            if self._ledger.in_flight:
+                raise UsageError(
+                    f"{self._ledger.in_flight} jobs were submitted before 'async with' and run in a thread of "
+                    "their own: gather them or close() first, or submit inside the block"
+                )
+            await self.aclose()
+        home = _CallersLoop()
+        await home.group.__aenter__()
+        self._home = home
+
+    async def exit(self, exc: BaseException | None, traceback: TracebackType | None) -> bool:
+        """Leave the home, after :meth:`aclose`; tell whether the exception ends here."""
+        home, self._home = self._home, None
+        if home is None:
+            return False
+        # The group's tasks have ended. It gets to see only a cancellation, which may be its own: another exception of
+        # the caller's block would come out wrapped in a group, though nothing else failed.
+        if isinstance(exc, anyio.get_cancelled_exc_class()):
+            return bool(await home.group.__aexit__(type(exc), exc, traceback))
+        await home.group.__aexit__(None, None, None)
+        return False
+
+
+class _CallersLoop:
+    """The loop of an ``async with`` block, and the task group the engine lives in."""
+
+    def __init__(self) -> None:
+        self.loop = Loop.running()
+        self.group: TaskGroup = anyio.create_task_group()
+
+    def start(self, make_engine: Callable[[], Engine]) -> Engine:
+        engine = make_engine()
+        self.group.start_soon(engine.run, _do_nothing, name="paraval engine")
+        return engine
+
+
+def _do_nothing() -> None:
+    pass

@@ -1,0 +1,63 @@
+"""The memory channel between submit and the workers.
+
+It is our own because anyio's takes a turn of the loop at each receive, which would double the cost of a job that comes
+alone, and because jobs can come back: a worker that was killed or is stuck in a long job gives the others up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import anyio
+
+from paraval.job import Job
+
+__all__ = ["JobQueue"]
+
+
+class JobQueue:
+    """Workers pull from here, in the order of submission. On the engine's loop only."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._waiting: dict[anyio.Event, None] = {}  # a dict is an ordered set with cheap removal
+
+    def __len__(self) -> int:
+        """Count the jobs that wait; cancelled ones that nobody pulled yet included."""
+        return len(self._jobs)
+
+    def put(self, jobs: Iterable[Job]) -> None:
+        """Append jobs."""
+        self._jobs.extend(jobs)
+        self._wake()
+
+    def put_back(self, jobs: list[Job]) -> None:
+        """Put jobs that were pulled ahead of the others, in their order."""
+        self._jobs.extendleft(reversed(jobs))
+        self._wake()
+
+    async def pull(self) -> Job:
+        """Wait for the next job. Cancelled, it loses none."""
+        while not self._jobs:
+            turn = anyio.Event()
+            self._waiting[turn] = None
+            try:
+                await turn.wait()
+            except BaseException:
+                if turn in self._waiting:
+                    del self._waiting[turn]
+                else:
+                    self._wake()  # it was our turn: it is another's now
+                raise
+        return self._jobs.popleft()
+
+    def pull_nowait(self) -> Job | None:
+        """Give the next job, or None when none waits."""
+        return self._jobs.popleft() if self._jobs else None
+
+    def _wake(self) -> None:
+        # A worker that is woken and finds nothing, as a busy one was quicker, waits again.
+        for _ in range(min(len(self._jobs), len(self._waiting))):
+            turn, _nothing = self._waiting.popitem()
+            turn.set()

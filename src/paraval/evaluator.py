@@ -1,0 +1,690 @@
+"""The public face: submit, gather, evaluate, close, each in a synchronous and an asynchronous form."""
+
+from __future__ import annotations
+
+import abc
+import atexit
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import anyio
+import anyio.to_thread
+
+from paraval import checks, registry
+from paraval.backends.base import Backend, Cancellation, RunSpec
+from paraval.checks import Args
+from paraval.engine import Engine, EngineSettings, Gate, Ledger, Lifecycle, Notifier, Statistics, waker
+from paraval.engine.batching import Batching, BatchSizer
+from paraval.errors import (
+    BadValueError,
+    JobFailedError,
+    JobsFailedError,
+    MaximumJobsSpawnReached,
+    ParavalError,
+    UsageError,
+    WrongTypeError,
+)
+from paraval.job import Job, JobContext, JobStatus
+from paraval.outcome import FAILURE
+from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage
+
+if TYPE_CHECKING:
+    from paraval.callback import Callback
+    from paraval.csvlog import CSVLog
+
+__all__ = ["Evaluator"]
+
+
+class Evaluator(abc.ABC):
+    """Runs a run-function in parallel, and loses nothing.
+
+    A *run-function* takes a :class:`~paraval.RunningJob` and, if wanted, static keyword arguments; what it returns is
+    the job's output. Work begins at ``submit``, on up to ``num_workers`` workers. A job that fails is data
+    (``job.error``), never an exception of ``gather``, unless that is asked for.
+
+    Every method may be called from any thread, from a plain script, inside a running event loop, in Jupyter. The jobs'
+    home is an event loop in a thread of its own, or, with ``async with``, the caller's loop (asyncio or trio).
+
+    Args:
+        run_function: called once for each job.
+        num_workers: how many jobs run at a time.
+        callbacks: see :mod:`paraval.callback`.
+        run_function_kwargs: static keyword arguments of the run-function.
+        storage: where jobs are recorded; None makes a :class:`~paraval.storage.MemoryStorage`.
+        search_id: the search in the storage to submit to; None makes a new one.
+        job_class: :class:`~paraval.Job`, or :class:`~paraval.HPOJob` for outputs that are objectives.
+        job_timeout: seconds that one job may run; None: for ever.
+        kill_grace: seconds between asking a job to stop and the strongest means.
+        on_error: ``"record"``: failures are only data; ``"raise"``: ``gather`` raises one
+            :class:`~paraval.errors.JobsFailedError` after every job of that gather has been recorded.
+        max_pending: back-pressure: submit waits while this many jobs wait for a worker; None: it never waits.
+        batching: how many jobs a worker takes at once: ``"auto"`` (several only while jobs are far shorter than a
+            millisecond), a number, or False for one.
+
+    Raises:
+        ValueError: an argument has no sensible value.
+        TypeError: an argument has no sensible type.
+
+    Attributes:
+        run_function: as given.
+        num_workers: as given.
+        cancellation: what can be done to a running job: ``"cancel"`` its coroutine, ``"kill"`` it, or only
+            ``"cooperative"`` asking.
+        parallel: what runs side by side: ``"coroutines"``, ``"threads"``, …
+        closures: whether lambdas and local functions can be run-functions.
+        several_hosts: whether jobs can run on other machines.
+        jobs: every job that was submitted, in order; those of ``evaluate`` excepted.
+        job_id_gathered: ids of the jobs that were gathered.
+    """
+
+    FAIL_RETURN_VALUE: ClassVar[str] = FAILURE
+    NEST_ASYNCIO_PATCHED: ClassVar[bool] = False
+    PYTHON_EXE: ClassVar[str] = os.environ.get("DEEPHYPER_PYTHON_BACKEND", sys.executable)
+    cancellation: ClassVar[Cancellation]
+    parallel: ClassVar[str] = "?"
+    closures: ClassVar[bool] = True
+    several_hosts: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        run_function: Callable[..., Any],
+        num_workers: int = 1,
+        callbacks: list[Callback] | None = None,
+        run_function_kwargs: dict[str, Any] | None = None,
+        storage: Storage | None = None,
+        search_id: str | None = None,
+        *,
+        job_class: type[Job] = Job,
+        job_timeout: float | None = None,
+        kill_grace: float = 1.0,
+        on_error: Literal["record", "raise"] = "record",
+        max_pending: int | None = None,
+        batching: Batching = "auto",
+    ) -> None:
+        if not callable(run_function):
+            raise WrongTypeError(f"run_function must be callable, not {type(run_function).__name__}")
+        self.run_function = run_function
+        self.num_workers = checks.positive_int("num_workers", num_workers)
+        self._callbacks: list[Callback] = list(callbacks or [])
+        self._storage: Storage = MemoryStorage() if storage is None else storage
+        if not isinstance(self._storage, Storage):
+            raise WrongTypeError(f"storage must be a paraval.storage.Storage, not {type(storage).__name__}")
+        self._search_id: str = self._storage.create_new_search() if search_id is None else str(search_id)
+        self._job_class = checks.job_class(job_class)
+        self._job_timeout = None if job_timeout is None else checks.seconds("job_timeout", job_timeout, or_zero=False)
+        if on_error not in ("record", "raise"):
+            raise BadValueError(f"on_error must be 'record' or 'raise', not {on_error!r}")
+        self._on_error = on_error
+        self._max_pending = None if max_pending is None else checks.positive_int("max_pending", max_pending)
+        BatchSizer(batching, self.num_workers)  # refuses what it would refuse later
+        self._batching = batching
+
+        origin = time.monotonic()
+        self._clock: Callable[[], float] = lambda: time.monotonic() - origin
+        self._spec = RunSpec(
+            dict(run_function_kwargs or {}), self._clock, checks.seconds("kill_grace", kill_grace, or_zero=True)
+        )
+        self._backend = self._make_backend()
+        self._ledger = Ledger()
+        self._notifier = Notifier(self._callbacks)
+        overridden = type(self).execute is not Evaluator.execute
+        # The engine must not keep an evaluator alive that nobody else holds, or it could never be collected.
+        settings = EngineSettings(
+            backend=self._backend,
+            spec=self._spec,
+            ledger=self._ledger,
+            notifier=self._notifier,
+            storage=self._storage,
+            num_workers=self.num_workers,
+            job_timeout=self._job_timeout,
+            batching=self._batching,
+            execute=self.execute if overridden else None,
+        )
+        self._life = Lifecycle(lambda: Engine(settings), self._ledger, self._spec.kill_grace)
+
+        self._owner = uuid.uuid4().hex
+        self._context = JobContext()
+        self.jobs: list[Job] = []
+        self.job_id_gathered: list[str] = []
+        self._num_submitted = 0
+        self._num_gathered = 0
+        self._num_offset = 0
+        self._max_submitted: int | None = None
+        self._timeout: float | None = None
+        self._timeout_set = 0.0
+        self._seen_revision = 0
+        self._undumped: list[Job] = []
+        self._csv: CSVLog | None = None
+        _alive.add(self)
+
+    @abc.abstractmethod
+    def _make_backend(self) -> Backend:
+        """Make the backend; refuse a run-function that it cannot run."""
+
+    @staticmethod
+    def create(
+        run_function: Callable[..., Any], method: str = "serial", method_kwargs: Mapping[str, Any] | None = None
+    ) -> Evaluator:
+        """Make an evaluator by the name of its method.
+
+        Args:
+            run_function: called once for each job.
+            method: ``"serial"``, ``"thread"``, or one that another package registered under the entry-point group
+                ``paraval.evaluators``.
+            method_kwargs: the constructor's other arguments.
+
+        Raises:
+            ValueError: no such method; the message lists those there are.
+            ImportError: the method needs something that is not installed.
+            TypeError: an argument that the constructor does not have.
+        """
+        cls = registry.method(method).load()
+        return cls(run_function, **(method_kwargs or {}))
+
+    # -- submit --------------------------------------------------------------------------------------------------------
+
+    def submit(self, args_list: Sequence[Args]) -> None:
+        """Start jobs, in order, one for each dict of arguments. It blocks only where ``max_pending`` asks for it.
+
+        Raises:
+            MaximumJobsSpawnReached: the limit was met; the jobs that fitted under it were submitted.
+        """
+        self._life.refuse_after_fork()
+        waiting = checks.configurations(args_list)
+        while waiting:
+            room = self._room(len(waiting))
+            if room:
+                self._launch(waiting[:room])
+                waiting = waiting[room:]
+            else:
+                self._life.refuse_on_home("submit() with max_pending", "submit_async()")
+                self._ledger.wait(self._has_room, self._life.check)
+
+    async def submit_async(self, args_list: Sequence[Args]) -> None:
+        """Start jobs as :meth:`submit` does; where ``max_pending`` asks for it, wait without blocking the loop."""
+        self._life.refuse_after_fork()
+        waiting = checks.configurations(args_list)
+        while waiting:
+            room = self._room(len(waiting))
+            if room:
+                self._launch(waiting[:room])
+                waiting = waiting[room:]
+            else:
+                await self._ledger.wait_async(self._has_room)
+
+    def _room(self, wanted: int) -> int:
+        return wanted if self._max_pending is None else max(0, min(wanted, self._max_pending - self._ledger.pending))
+
+    def _has_room(self) -> bool:
+        return self._max_pending is None or self._ledger.pending < self._max_pending
+
+    def _launch(self, configurations: Sequence[Args], private: Callable[[], object] | None = None) -> list[Job]:
+        """Make jobs, record them, and give them to the engine."""
+        refused = None
+        if self._max_submitted is not None:
+            left = max(0, self._max_submitted - self.num_jobs_submitted)
+            if left < len(configurations):
+                refused = MaximumJobsSpawnReached(f"the maximum of {self._max_submitted} jobs was reached")
+                configurations = configurations[:left]
+        jobs = self._make_jobs(configurations) if configurations else []
+        if jobs:
+            now = self._clock()
+            self._ledger.expect(jobs, now, private)
+            try:
+                for job in jobs if self._callbacks else ():
+                    self._notifier.call("on_launch", job)
+                self._life.submit(jobs)
+            except BaseException:
+                self._ledger.forget(jobs)
+                raise
+            self._num_submitted += len(jobs)
+            if private is None:
+                self.jobs += jobs
+        if refused is not None:
+            raise refused
+        return jobs
+
+    def _make_jobs(self, configurations: Sequence[Args]) -> list[Job]:
+        make, search_id, storage, context = self._job_class, self._search_id, self._storage, self._context
+        first = storage.allocate(search_id, len(configurations))
+        jobs = []
+        records = []
+        owner = self._owner
+        now = self._clock()
+        for number, configuration in enumerate(configurations, first):
+            args = dict(configuration)
+            job = make(f"{search_id}.{number}", args, self.run_function, storage)
+            job.context = context
+            job._submitted = now
+            job.metadata["timestamp_submit"] = now
+            jobs.append(job)
+            records.append(JobRecord(job.id, args=(args,), metadata=job.metadata, owner=owner))
+        storage.insert(records)
+        return jobs
+
+    # -- gather --------------------------------------------------------------------------------------------------------
+
+    def gather(self, type: Literal["ALL", "BATCH"], size: int = 1) -> list[Job]:  # noqa: A002 - a public name
+        """Wait for jobs and take them.
+
+        Args:
+            type: ``"ALL"``: every job in flight; ``"BATCH"``: at least ``size`` of them.
+            size: for ``"BATCH"``; more than there are in flight means all of them, with a warning.
+
+        Returns:
+            The jobs, in the order in which they ended; ``[]`` at once when nothing is in flight.
+
+        Raises:
+            ValueError: another type.
+            JobsFailedError: a job failed, and ``on_error="raise"``; the jobs are on it.
+            EvaluatorClosedError: the event loop that runs the jobs went away.
+        """
+        self._life.refuse_after_fork()
+        ready = self._gather_condition(type, size)
+        self._life.refuse_on_home("gather()", "gather_async()")
+        self._ledger.wait(ready, self._life.check)
+        jobs = self._ledger.take()
+        try:
+            self._note_gathered(jobs)
+        except BaseException:  # Ctrl-C between taking and handing over must lose nothing
+            self._ledger.put_back(jobs)
+            raise
+        return self._raise_failures(jobs)
+
+    async def gather_async(self, type: Literal["ALL", "BATCH"], size: int = 1) -> list[Job]:  # noqa: A002 - likewise
+        """Do as :meth:`gather` does without blocking the loop. A cancellation loses no job."""
+        self._life.refuse_after_fork()
+        await self._ledger.wait_async(self._gather_condition(type, size))
+        # Nothing awaits between the taking and the return unless it is shielded.
+        return await self._take_async(None)
+
+    async def as_completed(self) -> AsyncIterator[Job]:
+        """Give jobs one by one as they end, until nothing is in flight; those not taken stay to be gathered."""
+        while True:
+            await self._ledger.wait_async(self._ledger.when_batch_done(1))
+            jobs = await self._take_async(1)
+            if jobs:
+                yield jobs[0]
+            elif not self._ledger.in_flight:
+                return
+
+    async def _take_async(self, limit: int | None) -> list[Job]:
+        jobs = self._ledger.take(limit)
+        if self._callbacks:
+            # A callback may write to a disk: not on the caller's loop.
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._note_gathered, jobs)
+        else:
+            self._note_gathered(jobs)
+        return self._raise_failures(jobs)
+
+    def _gather_condition(self, type_: str, size: int) -> Callable[[], bool]:
+        if type_ == "ALL":
+            return self._ledger.when_all_done()
+        if type_ != "BATCH":
+            raise BadValueError(f"gather takes 'ALL' or 'BATCH', not {type_!r}")
+        if not isinstance(size, int) or size < 0:
+            raise BadValueError(f"size must be a non-negative int, not {size!r}")
+        available = self._ledger.in_flight + self._ledger.ungathered
+        if size > available > 0:
+            warnings.warn(
+                f"gather('BATCH', {size}) asks for more jobs than the {available} in flight: waiting for all of them",
+                stacklevel=3,
+            )
+        return self._ledger.when_batch_done(size)
+
+    def _note_gathered(self, jobs: list[Job]) -> None:
+        now = self._clock()
+        fresh = jobs
+        for job in jobs:
+            if job._gathered is None:
+                job._gathered = now
+                job.metadata["timestamp_gather"] = now
+            elif fresh is jobs:  # rare: close() has shown them to the callbacks
+                fresh = [job for job in jobs if job._gathered is None or job._gathered == now]
+        if not self._storage.by_reference:
+            self._storage.update([JobChange(job.id, metadata={"timestamp_gather": now}) for job in fresh])
+        if self._callbacks:
+            self._notifier.call("on_gather", fresh, [])
+        self._num_gathered += len(fresh)
+        self.job_id_gathered += [job.id for job in fresh]
+        self._undumped += fresh
+
+    def _raise_failures(self, jobs: list[Job]) -> list[Job]:
+        if self._on_error == "raise":
+            failures = [JobFailedError(job) for job in jobs if job.error is not None]
+            if failures:
+                raise JobsFailedError(f"{len(failures)} of {len(jobs)} jobs failed", failures, jobs)
+        return jobs
+
+    # -- one job, private to its caller --------------------------------------------------------------------------------
+
+    def evaluate(self, args: Args) -> Job:
+        """Run one job and wait for it. It never shows in another's ``gather``."""
+        self._life.refuse_after_fork()
+        self._life.refuse_on_home("evaluate()", "evaluate_async()")
+        gate = Gate()
+        (job,) = self._launch([checks.configuration(args)], gate.open)
+        try:
+            gate.wait(self._life.check)
+        except BaseException:
+            self._cancel(job, "its caller was interrupted")
+            raise
+        return self._evaluated(job)
+
+    async def evaluate_async(self, args: Args) -> Job:
+        """Run one job and wait for it; cancelling the waiting task cancels or kills the job, and waits for that."""
+        self._life.refuse_after_fork()
+        ended = anyio.Event()
+        (job,) = self._launch([checks.configuration(args)], waker(ended))
+        try:
+            await ended.wait()
+        except BaseException:
+            if not job.status.is_terminal:
+                self._cancel(job, "its caller was cancelled")
+                with anyio.CancelScope(shield=True):
+                    await ended.wait()
+            raise
+        return self._evaluated(job)
+
+    def _cancel(self, job: Job, message: str) -> None:
+        engine = self._life.engine
+        if engine is not None:
+            engine.cancel(job, message)
+
+    def _evaluated(self, job: Job) -> Job:
+        if not job.status.is_terminal:  # the engine failed before it could settle the job
+            raise self._ledger.failure or ParavalError(f"job {job.id} was lost")
+        self._note_gathered([job])
+        self._raise_failures([job])
+        return job
+
+    # -- jobs of others ------------------------------------------------------------------------------------------------
+
+    def gather_other_jobs_done(self) -> list[Job]:
+        """Give the jobs that other evaluators on the same storage and search have finished; each of them once."""
+        self._life.refuse_after_fork()
+        records, self._seen_revision = self._storage.scan(self._search_id, self._seen_revision)
+        jobs = []
+        for record in records:
+            status = JobStatus(record.status)
+            if record.owner == self._owner or not status.is_terminal:
+                continue
+            args = record.args[0] if record.args else {}
+            job = self._job_class(record.id, dict(args), None, self._storage)
+            job.context = self._context
+            job.metadata.update(record.metadata or {})
+            if record.error is not None:
+                job.set_error(record.error)
+            else:
+                job.set_output(record.out)
+            job._status = status
+            jobs.append(job)
+        if jobs:
+            self.job_id_gathered += [job.id for job in jobs]
+            for job in jobs if self._callbacks else ():
+                self._notifier.call("on_done_other", job)
+            self._notifier.call("on_gather", [], jobs)
+        return jobs
+
+    async def gather_other_jobs_done_async(self) -> list[Job]:
+        """Do as :meth:`gather_other_jobs_done` does, in a thread."""
+        return await anyio.to_thread.run_sync(self.gather_other_jobs_done)
+
+    # -- close ---------------------------------------------------------------------------------------------------------
+
+    def close(self) -> list[Job]:
+        """Stop everything: what runs is stopped by the backend's means, what waits never starts.
+
+        Results that were not gathered yet can still be. A budget (``timeout``) is forgotten. Closing twice is
+        harmless, and a new ``submit`` opens the evaluator again.
+
+        Returns:
+            The jobs that were cancelled by it; ``gather`` does not show them.
+        """
+        self._life.refuse_after_fork()
+        return self._closed(self._life.close())
+
+    async def aclose(self) -> list[Job]:
+        """Do as :meth:`close` does without blocking the loop."""
+        self._life.refuse_after_fork()
+        with anyio.CancelScope(shield=True):
+            cancelled = await self._life.aclose()
+            if self._callbacks:
+                await anyio.to_thread.run_sync(self._closed, cancelled)
+            else:
+                self._closed(cancelled)
+        return cancelled
+
+    def _closed(self, cancelled: list[Job]) -> list[Job]:
+        self.timeout = None
+        finished = [job for job in self._ledger.peek() if job._gathered is None]
+        if cancelled or finished:
+            self._note_gathered(finished + cancelled)
+        if self._callbacks:
+            self._notifier.call("on_close")
+        return cancelled
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        self._life.refuse_after_fork()
+        await self._life.enter()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        try:
+            await self.aclose()
+        finally:
+            swallowed = await self._life.exit(exc, traceback)
+        return swallowed
+
+    def __del__(self) -> None:
+        life = self.__dict__.get("_life")  # missing when the constructor raised
+        if life is not None and life.is_open_in_thread and life.engine is not None:
+            _warn_unclosed(self)
+            with contextlib.suppress(ParavalError):
+                life.engine.stop()
+
+    # -- time and limits -----------------------------------------------------------------------------------------------
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds for everything, from the moment it is set; None: no limit.
+
+        When it runs out, running jobs are stopped as ``job_timeout`` would, and waiting ones never start.
+
+        Raises:
+            ValueError: set to a negative number.
+        """
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._timeout = None if seconds is None else checks.seconds("timeout", seconds, or_zero=True)
+        self._timeout_set = self._clock()
+        engine = self._life.engine
+        self._spec.budget_end = math.inf if self._timeout is None else self._timeout_set + self._timeout
+        if engine is not None:
+            with contextlib.suppress(ParavalError):  # an engine that ends at this moment needs no budget
+                engine.budget_changed()
+
+    def set_timeout(self, timeout: float | None) -> None:
+        """Set :attr:`timeout`."""
+        self.timeout = timeout
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until :attr:`timeout` runs out (negative afterwards); None without one."""
+        return None if self._timeout is None else self._timeout_set + self._timeout - self._clock()
+
+    def set_maximum_num_jobs_submitted(self, maximum_num_jobs_submitted: int | None) -> None:
+        """Allow so many jobs from now on, those in flight included; None or not positive: no limit.
+
+        The counters :attr:`num_jobs_submitted` and :attr:`num_jobs_gathered` start anew with it.
+        """
+        limit = maximum_num_jobs_submitted
+        self._max_submitted = limit if limit is not None and limit > 0 else None
+        self._num_offset = self._num_gathered
+
+    @property
+    def num_jobs_submitted(self) -> int:
+        """How many jobs were submitted (since the last ``set_maximum_num_jobs_submitted``)."""
+        return self._num_submitted - self._num_offset
+
+    @property
+    def num_jobs_gathered(self) -> int:
+        """How many jobs were gathered, or returned by ``close`` (likewise)."""
+        return self._num_gathered - self._num_offset
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def storage(self) -> Storage:
+        """Where jobs are recorded."""
+        return self._storage
+
+    @property
+    def search_id(self) -> str:
+        """The search that jobs are submitted to."""
+        return self._search_id
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """The callbacks; the list may be changed."""
+        return self._callbacks
+
+    @property
+    def run_function_kwargs(self) -> dict[str, Any]:
+        """Static keyword arguments of the run-function; the dict may be changed, for jobs that start later."""
+        return self._spec.kwargs
+
+    @property
+    def job_class(self) -> type[Job]:
+        """What jobs are made of; it may be set until the first submit."""
+        return self._job_class
+
+    @job_class.setter
+    def job_class(self, job_class: type[Job]) -> None:
+        if self._num_submitted:
+            raise UsageError("job_class can be set until the first submit, and jobs were submitted already")
+        self._job_class = checks.job_class(job_class)
+
+    @property
+    def search(self) -> Any:
+        """The search that uses this evaluator, if any; jobs have it as ``job.context.search``."""
+        return self._context.search
+
+    @search.setter
+    def search(self, search: Any) -> None:
+        self._context.search = search
+
+    @property
+    def _stopper(self) -> Any:
+        """Copied for each job that starts; the reference system's searches set it."""
+        return self._spec.stopper
+
+    @_stopper.setter
+    def _stopper(self, stopper: Any) -> None:
+        self._spec.stopper = stopper
+
+    @property
+    def is_master(self) -> bool:
+        """Whether this process is the one that submits and gathers."""
+        return True
+
+    def statistics(self) -> Statistics:
+        """Take a picture of what goes on."""
+        ledger, engine = self._ledger, self._life.engine
+        running, running_s = (0, 0.0) if engine is None else engine.running()
+        return ledger.statistics(self._clock(), self.num_workers, running, running_s, self._notifier.errors)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.run_function!r}, num_workers={self.num_workers})"
+
+    # -- for subclasses, and names of the reference system -------------------------------------------------------------
+
+    async def execute(self, job: Job) -> Job:
+        """Run one job; a subclass may override it, to do something before or after, or in its place.
+
+        It runs on the home loop, one call for each worker at a time. The default runs the job on the worker.
+
+        Returns:
+            The job, its output set.
+        """
+        engine = self._life.engine
+        if engine is None:
+            raise UsageError("execute() is called by the evaluator, for a job that a worker has taken")
+        return await engine.execute_on_slot(job)
+
+    def to_json(self) -> dict[str, Any]:
+        """Describe the evaluator as a dict."""
+        return {"type": type(self).__name__, "num_workers": self.num_workers}
+
+    def convert_for_csv(self, val: Any) -> Any:
+        """Bring a value to what a CSV file can hold: a list becomes its text."""
+        return str(val) if isinstance(val, list) else val
+
+    def decode(self, key: str) -> dict[str, Any]:
+        """Read a dict from JSON; ValueError if it is something else."""
+        value = json.loads(key)
+        if not isinstance(value, dict):
+            raise BadValueError(f"expected a JSON object, got {type(value).__name__}")
+        return value
+
+    def dump_evals(
+        self,
+        saved_keys: list[str] | Callable[[Job], dict[str, Any]] | None = None,
+        log_dir: str = ".",
+        filename: str = "results.csv",
+    ) -> None:
+        """Write the jobs gathered since the last call to a CSV file; the first call starts the file.
+
+        Args:
+            saved_keys: None: all arguments; a list: these, through :meth:`convert_for_csv`; a function of a job: its
+                dict.
+            log_dir: directory of the file.
+            filename: name of the file.
+
+        Raises:
+            KeyError: a job has no such argument.
+        """
+        from paraval.csvlog import CSVLog  # here: most evaluators never need it
+
+        if self._csv is None:
+            self._csv = CSVLog(os.path.join(log_dir, filename), saved_keys=saved_keys, convert=self.convert_for_csv)  # noqa: PTH118 - the public arguments are strings
+        jobs, self._undumped = self._undumped, []
+        self._csv.write(jobs)
+
+
+_alive: weakref.WeakSet[Evaluator] = weakref.WeakSet()
+
+
+def _warn_unclosed(evaluator: Evaluator) -> None:
+    warnings.warn(f"{evaluator!r} was not closed: use 'with', or call close()", ResourceWarning, stacklevel=2)
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    """End what a program left open, so that it ends, its callbacks' files are complete and no worker stays behind."""
+    for evaluator in list(_alive):
+        if evaluator._life.is_open_in_thread:
+            _warn_unclosed(evaluator)
+            evaluator._spec.kill_grace = min(evaluator._spec.kill_grace, 1.0)
+            evaluator.close()

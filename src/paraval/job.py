@@ -1,0 +1,346 @@
+"""Jobs: what is submitted (``Job``, ``HPOJob``) and what a run-function receives (``RunningJob``).
+
+A child process imports this module, so it is light: no anyio, no NumPy, no msgspec.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, MutableMapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from paraval.errors import WrongTypeError
+from paraval.outcome import JobError, Objective, Outcome, error_from_exception, is_failure, standardize
+
+if TYPE_CHECKING:
+    from paraval.storage import Storage
+
+__all__ = ["HPOJob", "Job", "JobContext", "JobStatus", "JobTiming", "RunningJob"]
+
+
+class JobStatus(Enum):
+    """Where a job is on its way."""
+
+    READY = 0
+    """Submitted, not started."""
+    RUNNING = 1
+    """A worker runs it."""
+    DONE = 2
+    """It ended by itself: with a result or with a failure (``job.error``)."""
+    CANCELLING = 3
+    """It was asked to stop and has not stopped yet."""
+    CANCELLED = 4
+    """It was stopped: a timeout, a cancellation, the end of the evaluator."""
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether nothing more will happen to the job."""
+        return self is JobStatus.DONE or self is JobStatus.CANCELLED
+
+
+class JobTiming(NamedTuple):
+    """When things happened to a job, in seconds since its evaluator was created; None: not yet, or never."""
+
+    submitted: float | None = None
+    started: float | None = None
+    finished: float | None = None
+    gathered: float | None = None
+
+    @property
+    def queued(self) -> float | None:
+        """Seconds between submit and start."""
+        return None if self.submitted is None or self.started is None else self.started - self.submitted
+
+    @property
+    def ran(self) -> float | None:
+        """Seconds between start and end."""
+        return None if self.started is None or self.finished is None else self.finished - self.started
+
+
+class JobContext:
+    """What surrounds the jobs of one evaluator; ``job.context.search`` is the search that uses it, if any."""
+
+    __slots__ = ("search",)
+
+    def __init__(self, search: Any = None) -> None:
+        self.search = search
+
+
+class Job:
+    """One call of a run-function: its arguments, and in the end its output or its error.
+
+    Args:
+        id: ``"search.job"``.
+        args: the arguments of this call; the run-function finds them in its ``job.parameters``.
+        run_function: the function to call.
+        storage: where the job is recorded.
+
+    Attributes:
+        output: what the run-function returned, as it was; None until then, and when it failed.
+        metadata: what the run-function and paraval noted beside the output.
+        error: None, or why the job failed.
+        context: shared by the jobs of one evaluator.
+        stdout: the tail of what the job printed, where ``capture_output`` was asked for and can be had.
+        stderr: likewise.
+    """
+
+    # Slots keep a finished job small; __dict__ (made only when used) lets users add attributes of their own.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_finished",
+        "_gathered",
+        "_started",
+        "_status",
+        "_submitted",
+        "args",
+        "context",
+        "error",
+        "id",
+        "metadata",
+        "output",
+        "run_function",
+        "storage",
+    )
+
+    stdout: str | None = None
+    stderr: str | None = None
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the public name of the reference system
+        args: dict[str, Any],
+        run_function: Callable[..., Any] | None = None,
+        storage: Storage | None = None,
+    ) -> None:
+        self.id = id
+        self.args = args
+        self.run_function = run_function
+        self.storage = storage
+        self.output: Any = None
+        self.metadata: dict[str, Any] = {}
+        self.error: JobError | None = None
+        self.context = _NO_CONTEXT
+        self._status = JobStatus.READY
+        self._submitted: float | None = None
+        self._started: float | None = None
+        self._finished: float | None = None
+        self._gathered: float | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(id={self.id!r}, status={self._status.name}, args={self.args!r})"
+
+    @property
+    def status(self) -> JobStatus:
+        """Where the job is on its way."""
+        return self._status
+
+    @status.setter
+    def status(self, status: JobStatus) -> None:
+        self._status = JobStatus(status)
+        if self.storage is not None:
+            self.storage.store_job_status(self.id, self._status.value)
+
+    @property
+    def timing(self) -> JobTiming:
+        """When it was submitted, started, finished and gathered."""
+        return JobTiming(self._submitted, self._started, self._finished, self._gathered)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the evaluation failed; ``job.error`` says why."""
+        return self.error is not None
+
+    @property
+    def stored_output(self) -> Any:
+        """What a storage keeps as the job's ``out``."""
+        return self.output
+
+    def set_output(self, output: Any) -> None:
+        """Take what the run-function returned; ``{"output": …, "metadata": …}`` (from ``profile``) is unwrapped."""
+        wrapped = isinstance(output, dict) and output.keys() == {"output", "metadata"}
+        if wrapped and isinstance(output["metadata"], dict):
+            self.metadata.update(output["metadata"])
+            output = output["output"]
+        self.output = output
+
+    def set_error(self, error: JobError) -> None:
+        """Take the failure."""
+        self.error = error
+        self.output = None
+
+    def settle(self, outcome: Outcome) -> None:
+        """Take the outcome. An output that no standard allows is a failure of this job."""
+        error = outcome.error
+        if error is None and outcome.value is not self:  # itself: an overridden execute() has set the output already
+            try:
+                self.set_output(outcome.value)
+            except Exception as exc:  # noqa: BLE001 - a subclass's set_output is user code
+                error = error_from_exception(exc)
+                if isinstance(exc, WrongTypeError):
+                    error = error._replace(type="TypeError")
+                elif isinstance(exc, ValueError):
+                    error = error._replace(type="ValueError")
+        if error is not None:
+            self.set_error(error)
+        self._status = JobStatus.CANCELLED if outcome.cancelled else JobStatus.DONE
+
+    def create_running_job(self, stopper: Any = None) -> RunningJob:
+        """Make what the run-function receives.
+
+        Args:
+            stopper: copied (deeply) for this job, its ``job`` attribute set; or None.
+        """
+        running = RunningJob(self.id, dict(self.args), self.storage, live=self)
+        if stopper is not None:
+            running.stopper = stopper = copy.deepcopy(stopper)
+            stopper.job = running
+        return running
+
+
+class HPOJob(Job):
+    """A job of hyperparameter optimisation: its output holds one or several objectives, in the standard form.
+
+    ``configuration, objective = job`` unpacks it.
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, index: int) -> Any:
+        return (dict(self.args), self.objective)[index]
+
+    @property
+    def objective(self) -> Objective | None:
+        """One objective, several, or ``"F_reason"``; None while the job is not done. It is maximised by convention."""
+        return None if self.output is None else self.output["objective"]
+
+    @property
+    def failed(self) -> bool:
+        """Whether the evaluation failed, be it that the run-function returned ``"F…"``."""
+        return self.error is not None or is_failure(self.objective)
+
+    @property
+    def stored_output(self) -> Any:
+        """The objective."""
+        return self.objective
+
+    @staticmethod
+    def standardize_output(output: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Bring an output to the standard form: ``({"objective": …, …}, metadata)``."""
+        return standardize(output)
+
+    def set_output(self, output: Any) -> None:
+        """Take what the run-function returned, in any of the standard forms.
+
+        Raises:
+            TypeError: a type that is no objective.
+            ValueError: a dict without ``"objective"``.
+        """
+        self.output, metadata = standardize(output)
+        self.metadata.update(metadata)
+
+    def set_error(self, error: JobError) -> None:
+        """Take the failure: the objective becomes ``"F_reason"``."""
+        self.error = error
+        self.output = {"objective": error.reason}
+
+
+class RunningJob(MutableMapping[str, Any]):
+    """What a run-function receives: a mapping over its parameters, and the way back to the evaluator.
+
+    A run-function can be called by hand with ``RunningJob(parameters={…})``: it then has a memory storage of its own.
+
+    Args:
+        id: ``"search.job"``.
+        parameters: the arguments of this call.
+        storage: where the job is recorded; None makes a :class:`~paraval.storage.MemoryStorage`.
+        stopper: decides early whether the job should stop, or None.
+        live: the job whose status this one shows; for the backends.
+    """
+
+    __slots__ = ("_live", "_record", "_storage", "id", "parameters", "stopper")
+
+    def __init__(
+        self,
+        id: str | None = None,  # noqa: A002 - the public name of the reference system
+        parameters: dict[str, Any] | None = None,
+        storage: Storage | None = None,
+        stopper: Any = None,
+        *,
+        live: Job | None = None,
+    ) -> None:
+        self.parameters: dict[str, Any] = {} if parameters is None else parameters
+        self.stopper = stopper
+        self._live = live
+        self._record: tuple[float, float] | None = None
+        if storage is None:
+            from paraval.storage.memory import MemoryStorage  # here: a child process must not import it at start
+
+            storage = MemoryStorage()
+            id = storage.create_new_job(storage.create_new_search())  # noqa: A001 - as above
+        self._storage = storage
+        self.id = id
+
+    def __repr__(self) -> str:
+        return f"RunningJob(id={self.id!r}, status={self.status.name}, parameters={self.parameters!r})"
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "job_id":
+            return int(str(self.id).rpartition(".")[2])
+        return self.parameters[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "job_id":
+            raise KeyError("the 'job_id' of a running job cannot be changed")
+        self.parameters[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.parameters[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def storage(self) -> Storage:
+        """Where the job is recorded."""
+        return self._storage
+
+    @property
+    def status(self) -> JobStatus:
+        """Where the job is on its way, live."""
+        if self._live is not None:
+            return self._live._status
+        return JobStatus(self.storage.load_job_status(str(self.id)))
+
+    def record(self, budget: float, objective: float) -> None:
+        """Report an intermediate result; it is stored, and the stopper (if any) observes it.
+
+        Args:
+            budget: what was spent so far (epochs, seconds, …).
+            objective: what was reached with it.
+        """
+        self._record = (budget, objective)
+        self.storage.store_job_intermediate(str(self.id), budget, objective)
+        if self.stopper is not None:
+            self.stopper.observe(budget, objective)
+
+    def stopped(self) -> bool:
+        """Whether the job should end now: it is being cancelled, or its stopper says so."""
+        if self.status in _STOPPING:
+            return True
+        return bool(self.stopper.stop()) if self.stopper is not None else False
+
+    @property
+    def objective(self) -> Any:
+        """The stopper's objective, or without one the last recorded; None when nothing was recorded."""
+        if self.stopper is not None:
+            return self.stopper.objective
+        return None if self._record is None else self._record[1]
+
+
+_NO_CONTEXT = JobContext()
+_STOPPING = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})

@@ -1,0 +1,183 @@
+"""What can happen to a job, and what a run-function may return.
+
+An *outcome* is how a backend tells the engine what became of one job: a value, or a :class:`JobError`. The run-function
+standards (which values are objectives) are written here once. A child process imports this module, so it is light: no
+anyio, no NumPy, no msgspec.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import traceback as _traceback
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, Final, NamedTuple
+
+from paraval.errors import BadValueError, WrongTypeError
+
+__all__ = ["FAILURE", "JobError", "Objective", "Outcome", "error_from_exception", "is_failure", "standardize"]
+
+FAILURE: Final = "F"
+"""The objective of a failed evaluation; a reason may follow: ``"F_out_of_memory"``."""
+
+Objective = float | str | tuple[float | str, ...] | list[float | str]
+"""One objective, a failure (a string that starts with ``"F"``), or several objectives."""
+
+
+class JobError(NamedTuple):
+    """Why a job failed; ``job.error``. Only data: it crosses processes and is stored as it is.
+
+    Attributes:
+        kind: ``"exception"`` (the run-function raised, or returned what no standard allows), ``"timeout"``,
+            ``"cancelled"``, ``"worker_died"`` or ``"memory_limit_exceeded"``.
+        message: one line for people.
+        type: name of the exception's class; None when there was none.
+        traceback: the traceback as text; None when there was none.
+        exit_code: of the worker that died.
+        signal: number of the signal that ended the worker.
+        host: name of the host where the job ran.
+        pid: process that ran it.
+        attempts: how often the job was started.
+    """
+
+    kind: str
+    message: str
+    type: str | None = None
+    traceback: str | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    host: str | None = None
+    pid: int | None = None
+    attempts: int = 1
+
+    @property
+    def reason(self) -> str:
+        """The failure as an objective names it: ``"F_ValueError"``, ``"F_timeout"`` and so on."""
+        return f"{FAILURE}_{self.type if self.kind == 'exception' and self.type else self.kind}"
+
+    @property
+    def summary(self) -> str:
+        """One line: the type or kind, then the message."""
+        head = self.type or self.kind
+        return f"{head}: {self.message}" if self.message else head
+
+
+class Outcome(NamedTuple):
+    """What became of one attempt at a job.
+
+    Attributes:
+        value: what the run-function returned; None when it failed.
+        error: None when it returned.
+        cancelled: the job was stopped on request (a timeout, a cancellation), so it ends ``CANCELLED``.
+    """
+
+    value: Any = None
+    error: JobError | None = None
+    cancelled: bool = False
+
+
+def error_from_exception(exc: BaseException) -> JobError:
+    """Describe an exception as data. It never raises, whatever the exception's own methods do."""
+    try:
+        message = str(exc)
+    except Exception:  # noqa: BLE001 - a broken __str__ must not cost the job its record
+        message = "<the exception's own __str__ failed>"
+    try:
+        text = "".join(_traceback.format_exception(exc))
+    except Exception:  # noqa: BLE001 - likewise for a broken __repr__ or __cause__
+        text = None
+    return JobError(
+        kind="exception",
+        message=message,
+        type=type(exc).__name__,
+        traceback=text,
+        host=_HOST,
+        pid=os.getpid(),
+    )
+
+
+_HOST: Final = socket.gethostname()
+
+
+def is_failure(objective: object) -> bool:
+    """Tell whether an objective says that the evaluation failed (for several objectives: any of them)."""
+    if isinstance(objective, str):
+        return objective.startswith(FAILURE)
+    if isinstance(objective, tuple | list):
+        return any(isinstance(item, str) for item in objective)
+    return False
+
+
+def standardize(output: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Bring what a run-function returned to the standard form.
+
+    Allowed are a number (bool and NumPy scalars count), a string such as ``"F_reason"``, a tuple or list of these
+    (several objectives), a dict with ``"objective"`` and maybe ``"metadata"``, and ``{"output": …, "metadata": …}``
+    around any of them (what ``profile`` returns).
+
+    Args:
+        output: what the run-function returned. It is not changed.
+
+    Returns:
+        The output as a dict with at least ``"objective"``, and the metadata. NaN and infinities become ``"F"``.
+
+    Raises:
+        TypeError: a type that is no objective (None, bytes, complex, an array, …), or metadata that is no dict.
+        ValueError: a dict without ``"objective"``, or no objective at all.
+    """
+    metadata: dict[str, Any] = {}
+    if isinstance(output, dict) and "output" in output and "objective" not in output:
+        metadata.update(_metadata(output.get("metadata")))
+        output = output["output"]
+    if not isinstance(output, dict):
+        return {"objective": _objective(output)}, metadata
+    if "objective" not in output:
+        raise BadValueError(
+            f"the run-function returned a dict without the key 'objective' (its keys are {sorted(map(str, output))})"
+        )
+    metadata.update(_metadata(output.get("metadata")))
+    standard = {key: value for key, value in output.items() if key != "metadata"}
+    standard["objective"] = _objective(output["objective"])
+    return standard, metadata
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise WrongTypeError(f"the run-function's 'metadata' must be a dict, not {type(value).__name__}")
+    return dict(value)
+
+
+def _objective(value: Any) -> Objective:
+    if isinstance(value, tuple | list):
+        if not value:
+            raise BadValueError(f"the run-function returned an empty {type(value).__name__} where objectives belong")
+        items = [_scalar(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> float | str:
+    if type(value) is float:  # by far the most frequent
+        return value if math.isfinite(value) else FAILURE
+    if isinstance(value, str):
+        return str(value)
+    if type(value).__module__ == "numpy" and not hasattr(value, "__len__") and hasattr(value, "item"):
+        value = value.item()  # a NumPy scalar; numpy.bool is not a numbers.Number
+    if not isinstance(value, Real) and not _is_decimal(value):
+        raise WrongTypeError(
+            f"the run-function returned {type(value).__name__} where an objective belongs: "
+            "return a number, a string 'F…', a tuple of numbers, or a dict with 'objective'"
+        )
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond the range of floats
+        return FAILURE
+    return number if math.isfinite(number) else FAILURE
+
+
+def _is_decimal(value: object) -> bool:
+    return type(value).__module__ in {"decimal", "_decimal"} and type(value).__name__ == "Decimal"

@@ -1,0 +1,143 @@
+"""The evaluation methods by name: our own, and those of third parties (entry points in ``paraval.evaluators``)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Final
+
+from paraval.errors import BadValueError, MissingExtraError
+from paraval.functions import is_async
+
+if TYPE_CHECKING:
+    from paraval.evaluator import Evaluator
+
+__all__ = ["Method", "default_method", "method", "methods"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run jobs.
+
+    Attributes:
+        name: what ``Evaluator.create`` takes.
+        missing: None when it can be used here; else what to do about it.
+        load: gives the evaluator class.
+    """
+
+    name: str
+    missing: str | None
+    load: Callable[[], type[Evaluator]]
+
+    @property
+    def summary(self) -> str:
+        """What it does, in one line; of a method that cannot be loaded here, nothing is known."""
+        doc = self._of_class("__doc__")
+        return str(doc).strip().splitlines()[0] if doc else ""
+
+    @property
+    def parallel(self) -> str:
+        """What runs side by side."""
+        return str(self._of_class("parallel") or "?")
+
+    @property
+    def cancellation(self) -> str:
+        """What can be done to a running job."""
+        return str(self._of_class("cancellation") or "?")
+
+    @property
+    def closures(self) -> bool:
+        """Whether lambdas and local functions can be run-functions."""
+        return bool(self._of_class("closures"))
+
+    @property
+    def several_hosts(self) -> bool:
+        """Whether jobs can run on other machines."""
+        return bool(self._of_class("several_hosts"))
+
+    def _of_class(self, attribute: str) -> Any:
+        return getattr(self.load(), attribute, None) if self.missing is None else None
+
+    @property
+    def label(self) -> str:
+        """The name, marked when the method cannot be used here."""
+        return self.name if self.missing is None else f"{self.name} (needs: {self.missing})"
+
+
+@dataclass(frozen=True)
+class _BuiltIn:
+    """Where a method of ours is, and the import that its extra brings."""
+
+    module: str
+    cls: str
+    requires: str | None = None
+    extra: str | None = None
+
+
+# Weakest first among the local methods that take a plain function; `default_method` takes the last that is ready.
+_BUILT_IN: Final = {
+    "serial": _BuiltIn("paraval.backends.serial", "SerialEvaluator"),
+    "thread": _BuiltIn("paraval.backends.thread", "ThreadPoolEvaluator"),
+}
+_LOCAL: Final = ("thread",)
+_GROUP: Final = "paraval.evaluators"
+
+
+def methods() -> dict[str, Method]:
+    """Give every known method, ours first."""
+    found = {name: _own(name, where) for name, where in _BUILT_IN.items()}
+    for entry in entry_points(group=_GROUP):
+        found.setdefault(entry.name, _foreign(entry))
+    return found
+
+
+def method(name: str) -> Method:
+    """Give the method of this name, ready to load.
+
+    Raises:
+        ValueError: there is none.
+        ImportError: what it needs is not installed.
+    """
+    known = methods()
+    if name not in known:
+        valid = ", ".join(known[other].label for other in known)
+        raise BadValueError(f"unknown method {name!r}; the methods are: {valid}")
+    found = known[name]
+    if found.missing is not None:
+        raise MissingExtraError(f"method {name!r} cannot be used here; it needs: {found.missing}")
+    return found
+
+
+def default_method(run_function: Callable[..., Any]) -> str:
+    """Name the method for a function when none is asked for: serial for a coroutine, else the strongest local one."""
+    if is_async(run_function):
+        return "serial"
+    known = methods()
+    return [name for name in _LOCAL if known[name].missing is None][-1]
+
+
+def _own(name: str, where: _BuiltIn) -> Method:
+    missing = None
+    if where.requires is not None and importlib.util.find_spec(where.requires) is None:
+        missing = f"pip install 'paraval[{where.extra}]'"
+
+    def load() -> type[Evaluator]:
+        cls: type[Evaluator] = getattr(importlib.import_module(where.module), where.cls)
+        return cls
+
+    return Method(name, missing, load)
+
+
+def _foreign(entry: EntryPoint) -> Method:
+    def load() -> type[Evaluator]:
+        cls: type[Evaluator] = entry.load()
+        return cls
+
+    try:
+        load()
+    except Exception as exc:  # noqa: BLE001 - a third party's module may fail to import in any way
+        return Method(entry.name, f"{entry.value} cannot be imported: {type(exc).__name__}: {exc}", load)
+    return Method(entry.name, None, load)

@@ -1,0 +1,206 @@
+"""The storage interface: a few primitives that a store implements, and the named methods written once on top."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from paraval.errors import BadValueError, ParavalError
+from paraval.storage.records import JobChange, JobRecord
+
+__all__ = ["Storage", "UnknownIdError"]
+
+
+class UnknownIdError(ParavalError, KeyError):
+    """No such search or job in the storage."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class Storage(abc.ABC):
+    """Keeps searches and their jobs. Synchronous, thread-safe, batch-first.
+
+    A store implements the abstract methods; the named methods below them are the interface of the reference system.
+    Search ids are strings; a job id is ``"search.job"``, where ``job`` is an int counted from 0 in its search.
+    """
+
+    by_reference: bool = False
+    """Whether records hold the very objects they were given, so that later changes of a job's metadata show in them."""
+
+    # -- what a store implements ---------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def new_search(self) -> str:
+        """Make a search; return its id."""
+
+    @abc.abstractmethod
+    def search_ids(self) -> list[str]:
+        """Give the ids of all searches, oldest first."""
+
+    @abc.abstractmethod
+    def allocate(self, search_id: str, count: int) -> int:
+        """Reserve ``count`` job numbers, each given out once whoever asks; return the first of them.
+
+        Raises:
+            UnknownIdError: no such search.
+        """
+
+    @abc.abstractmethod
+    def insert(self, records: Sequence[JobRecord]) -> None:
+        """Add new jobs, whose numbers were allocated; all or none. Durable on return if the store is.
+
+        Raises:
+            UnknownIdError: no such search.
+        """
+
+    @abc.abstractmethod
+    def update(self, changes: Sequence[JobChange]) -> None:
+        """Apply changes, all or none. Durable on return if the store is.
+
+        Raises:
+            UnknownIdError: no such job.
+        """
+
+    @abc.abstractmethod
+    def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
+        """Give the records of these jobs, in this order.
+
+        Raises:
+            UnknownIdError: no such job.
+        """
+
+    @abc.abstractmethod
+    def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
+        """Give the records that changed after revision ``since``, in the order of their last change.
+
+        Returns:
+            The records, and the revision to pass next time. The cost is in proportion to what changed.
+
+        Raises:
+            UnknownIdError: no such search.
+        """
+
+    @abc.abstractmethod
+    def put_value(self, search_id: str, key: str, value: Any) -> None:
+        """Keep a value of the search."""
+
+    @abc.abstractmethod
+    def get_value(self, search_id: str, key: str) -> Any:
+        """Give a value of the search.
+
+        Raises:
+            KeyError: no such search or value.
+        """
+
+    # -- connection: stores that need none are always connected --------------------------------------------------------
+
+    def connect(self) -> Self:
+        """Connect to the store, where that means anything."""
+        return self
+
+    def is_connected(self) -> bool:
+        """Whether the store can be used."""
+        return True
+
+    # -- the named methods ---------------------------------------------------------------------------------------------
+
+    def create_new_search(self) -> str:
+        """Make a search; return its id."""
+        return self.new_search()
+
+    def create_new_job(self, search_id: str) -> str:
+        """Make a job in the search; return its id."""
+        job_id = f"{search_id}.{self.allocate(search_id, 1)}"
+        self.insert([JobRecord(job_id)])
+        return job_id
+
+    def store_job(self, job_id: str, key: str, value: Any) -> None:
+        """Store one part of a job.
+
+        Args:
+            job_id: the job.
+            key: ``"in"``, ``"out"``, ``"status"``, ``"metadata"`` (merged), or a key of the caller's own.
+            value: what to store.
+        """
+        match key:
+            case "in":
+                self.store_job_in(job_id, **value)
+            case "out":
+                self.store_job_out(job_id, value)
+            case "status":
+                self.store_job_status(job_id, value)
+            case "metadata":
+                self.update([JobChange(job_id, metadata=dict(value))])
+            case "intermediate":
+                raise BadValueError("intermediate results are appended one by one, by store_job_intermediate")
+            case _:
+                self.update([JobChange(job_id, extra={key: value})])
+
+    def store_job_in(
+        self, job_id: str, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Store the arguments of a job."""
+        self.update([JobChange(job_id, args=args, kwargs=kwargs)])
+
+    def store_job_out(self, job_id: str, value: Any) -> None:
+        """Store the output of a job."""
+        self.update([JobChange(job_id, out=value)])
+
+    def store_job_metadata(self, job_id: str, key: str, value: Any) -> None:
+        """Store one value beside the output of a job."""
+        self.update([JobChange(job_id, metadata={key: value})])
+
+    def store_job_status(self, job_id: str, job_status: int) -> None:
+        """Store the status of a job, as an int."""
+        self.update([JobChange(job_id, status=int(job_status))])
+
+    def store_job_intermediate(self, job_id: str, budget: float, objective: Any) -> None:
+        """Append an intermediate result of a job."""
+        self.update([JobChange(job_id, intermediate=(budget, objective))])
+
+    def store_search_value(self, search_id: str, key: str, value: Any) -> None:
+        """Keep a value of the search."""
+        self.put_value(search_id, key, value)
+
+    def load_search_value(self, search_id: str, key: str) -> Any:
+        """Give a value of the search; KeyError when there is none."""
+        return self.get_value(search_id, key)
+
+    def load_all_search_ids(self) -> list[str]:
+        """Give the ids of all searches."""
+        return self.search_ids()
+
+    def load_all_job_ids(self, search_id: str) -> list[str]:
+        """Give the ids of all jobs of the search, in the order they were made."""
+        return [record.id for record in self._by_number(search_id)]
+
+    def load_job(self, job_id: str) -> dict[str, Any]:
+        """Give a job as ``{"status", "in": {"args", "kwargs"}, "out", "metadata", "intermediate": {…}}``."""
+        return self.get([job_id])[0].as_dict()
+
+    def load_jobs(self, job_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Give several jobs: ``{job id: as load_job}``."""
+        return {record.id: record.as_dict() for record in self.get(job_ids)}
+
+    def load_search(self, search_id: str) -> dict[str, dict[str, Any]]:
+        """Give all jobs of the search: ``{job number as a string: as load_job}``."""
+        return {record.id.rpartition(".")[2]: record.as_dict() for record in self._by_number(search_id)}
+
+    def load_job_status(self, job_id: str) -> int:
+        """Give the status of a job, as an int."""
+        return self.get([job_id])[0].status
+
+    def load_metadata_from_all_jobs(self, search_id: str, key: str) -> list[Any]:
+        """Give this metadata value of every job that has it; None is dropped, 0 and False are not."""
+        values = ((record.metadata or {}).get(key) for record in self._by_number(search_id))
+        return [value for value in values if value is not None]
+
+    def load_out_from_all_jobs(self, search_id: str) -> list[Any]:
+        """Give the output of every job that has one; None is dropped, 0 and False are not."""
+        return [record.out for record in self._by_number(search_id) if record.out is not None]
+
+    def _by_number(self, search_id: str) -> list[JobRecord]:
+        records, _ = self.scan(search_id)
+        return sorted(records, key=lambda record: int(record.id.rpartition(".")[2]))

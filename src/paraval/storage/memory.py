@@ -1,0 +1,134 @@
+"""A storage in this process's memory: the default."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from paraval.storage.base import Storage, UnknownIdError
+from paraval.storage.records import JobChange, JobRecord
+
+__all__ = ["MemoryStorage"]
+
+
+class _Search:
+    """One search. ``records`` is ordered by last change: a changed record moves to the end."""
+
+    __slots__ = ("next_number", "records", "revision", "values")
+
+    def __init__(self) -> None:
+        self.next_number = 0
+        self.revision = 0
+        self.records: dict[str, JobRecord] = {}
+        self.values: dict[str, Any] = {}
+
+
+class MemoryStorage(Storage):
+    """Keeps everything in the memory of this process; evaluators of the same process may share it.
+
+    What it is given is kept by reference, and what it gives is a copy of the record around the same objects.
+    """
+
+    by_reference = True
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._searches: dict[str, _Search] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The copy in another process would be a different store under the same name: it starts empty, as a lock
+        # cannot be sent and records must not silently diverge.
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc] # the state is empty: a copy is a new store
+
+    def new_search(self) -> str:
+        with self._lock:
+            search_id = str(len(self._searches))
+            self._searches[search_id] = _Search()
+            return search_id
+
+    def search_ids(self) -> list[str]:
+        with self._lock:
+            return list(self._searches)
+
+    def allocate(self, search_id: str, count: int) -> int:
+        with self._lock:
+            search = self._search(search_id)
+            first = search.next_number
+            search.next_number += count
+            return first
+
+    def insert(self, records: Sequence[JobRecord]) -> None:
+        with self._lock:
+            found = [self._search_of(record.id) for record in records]  # all or none: look before changing
+            for search, record in zip(found, records, strict=True):
+                search.revision = record.revision = search.revision + 1
+                search.records[record.id] = record
+
+    def update(self, changes: Sequence[JobChange]) -> None:
+        with self._lock:
+            found = [self._find(change.id) for change in changes]  # likewise
+            for (search, record), change in zip(found, changes, strict=True):
+                change.apply_to(record)
+                search.revision = record.revision = search.revision + 1
+                del search.records[record.id]
+                search.records[record.id] = record
+
+    def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
+        with self._lock:
+            return [_copy(self._find(job_id)[1]) for job_id in job_ids]
+
+    def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
+        with self._lock:
+            search = self._search(search_id)
+            changed = []
+            for record in reversed(search.records.values()):
+                if record.revision <= since:
+                    break
+                changed.append(_copy(record))
+            changed.reverse()
+            return changed, search.revision
+
+    def put_value(self, search_id: str, key: str, value: Any) -> None:
+        with self._lock:
+            self._search(search_id).values[key] = value
+
+    def get_value(self, search_id: str, key: str) -> Any:
+        with self._lock:
+            values = self._search(search_id).values
+            if key not in values:
+                raise UnknownIdError(f"no value {key!r} in search {search_id!r}")
+            return values[key]
+
+    def _search(self, search_id: str) -> _Search:
+        search = self._searches.get(search_id)
+        if search is None:
+            raise UnknownIdError(f"no search {search_id!r} in this storage; it has {list(self._searches) or 'none'}")
+        return search
+
+    def _search_of(self, job_id: str) -> _Search:
+        search_id, dot, _ = job_id.rpartition(".")
+        if not dot:
+            raise UnknownIdError(f"{job_id!r} is no job id: it should look like '0.12' (search, dot, number)")
+        return self._search(search_id)
+
+    def _find(self, job_id: str) -> tuple[_Search, JobRecord]:
+        search = self._search_of(job_id)
+        record = search.records.get(job_id)
+        if record is None:
+            raise UnknownIdError(f"no job {job_id!r} in this storage")
+        return search, record
+
+
+def _copy(record: JobRecord) -> JobRecord:
+    copied = msgspec.structs.replace(record)
+    if record.metadata is not None:
+        copied.metadata = dict(record.metadata)
+    if record.budgets is not None and record.objectives is not None:
+        copied.budgets, copied.objectives = list(record.budgets), list(record.objectives)
+    return copied

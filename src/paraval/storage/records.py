@@ -1,0 +1,101 @@
+"""What a storage keeps of a job, and how a change is applied to it.
+
+The structs are invisible to the garbage collector: there may be very many, and none refers back to itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from paraval.outcome import JobError
+
+__all__ = ["JobChange", "JobRecord"]
+
+
+class JobRecord(msgspec.Struct, gc=False):
+    """One job as it is stored.
+
+    Attributes:
+        id: ``"search.job"``.
+        status: a :class:`~paraval.JobStatus` value.
+        args: positional arguments; an evaluator stores ``(parameters,)``.
+        kwargs: keyword arguments.
+        out: the objective of an ``HPOJob``, the output of a plain ``Job``.
+        error: why the job failed.
+        metadata: what was noted beside the output.
+        budgets: of the intermediate results, in the order they were recorded.
+        objectives: of the intermediate results.
+        owner: the evaluator that submitted the job.
+        extra: what ``store_job`` was given under a key of the caller's own.
+        revision: of the search, when this record last changed.
+    """
+
+    id: str
+    status: int = 0
+    args: tuple[Any, ...] | None = None
+    kwargs: dict[str, Any] | None = None
+    out: Any = None
+    error: JobError | None = None
+    metadata: dict[str, Any] | None = None
+    budgets: list[float] | None = None
+    objectives: list[Any] | None = None
+    owner: str | None = None
+    extra: dict[str, Any] | None = None
+    revision: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the record the form that ``load_job`` has in the reference system."""
+        return {
+            "status": self.status,
+            "in": None if self.args is None and self.kwargs is None else {"args": self.args, "kwargs": self.kwargs},
+            "out": self.out,
+            "metadata": dict(self.metadata or ()),
+            "intermediate": {"budget": list(self.budgets or ()), "objective": list(self.objectives or ())},
+            **(self.extra or {}),
+        }
+
+
+class JobChange(msgspec.Struct, gc=False):
+    """What to change of one record that exists; a field that is UNSET stays as it is.
+
+    ``metadata`` and ``extra`` are merged, ``intermediate`` (budget, objective) is appended, the others replace.
+    """
+
+    id: str
+    status: int | UnsetType = UNSET
+    args: tuple[Any, ...] | UnsetType | None = UNSET
+    kwargs: dict[str, Any] | UnsetType | None = UNSET
+    out: Any = UNSET
+    error: JobError | UnsetType | None = UNSET
+    metadata: dict[str, Any] | None = None
+    intermediate: tuple[float, Any] | None = None
+    extra: dict[str, Any] | None = None
+
+    def apply_to(self, record: JobRecord) -> None:  # noqa: C901 - one question for each field, in the hot path
+        """Change the record. Its first metadata dict is adopted, not copied."""
+        if self.status is not UNSET:
+            record.status = self.status
+        if self.args is not UNSET:
+            record.args = self.args
+        if self.kwargs is not UNSET:
+            record.kwargs = self.kwargs
+        if self.out is not UNSET:
+            record.out = self.out
+        if self.error is not UNSET:
+            record.error = self.error
+        if self.metadata is not None and self.metadata is not record.metadata:
+            if record.metadata is None:
+                record.metadata = self.metadata
+            else:
+                record.metadata.update(self.metadata)
+        if self.extra is not None:
+            record.extra = {**(record.extra or {}), **self.extra}
+        if self.intermediate is not None:
+            budget, objective = self.intermediate
+            if record.budgets is None or record.objectives is None:
+                record.budgets, record.objectives = [], []
+            record.budgets.append(budget)
+            record.objectives.append(objective)

@@ -1,0 +1,71 @@
+"""What every test has: the matrix of event loops, the hypothesis profiles, a check that no thread is left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples on every run: a failure is a change's fault, not chance's. --hypothesis-profile=explore draws more.
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=100)
+settings.register_profile(
+    "explore", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("ci")
+
+LEAK_GRACE = 2.0  # seconds; a pool that was told to stop may still be on its way out
+
+
+def _needs(module: str, brought_by: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        importlib.util.find_spec(module) is None, reason=f"{module} is not installed ({brought_by})"
+    )
+
+
+def _new_uvloop() -> Any:
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"debug": False}), id="asyncio"),
+        pytest.param(("asyncio", {"debug": True}), id="asyncio-debug"),
+        pytest.param(
+            ("asyncio", {"debug": False, "loop_factory": _new_uvloop}),
+            id="asyncio+uvloop",
+            marks=_needs("uvloop", "dependency group 'test'"),
+        ),
+        pytest.param(("trio", {}), id="trio", marks=_needs("trio", "extra 'trio'")),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """The event loop an async test runs on."""
+    backend: tuple[str, dict[str, Any]] = request.param
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left_behind() -> Iterator[None]:
+    """Fail the test after which a thread of paraval, or any thread that would keep the process alive, lives on."""
+    before = set(threading.enumerate())
+
+    def left() -> list[threading.Thread]:
+        return [
+            thread
+            for thread in threading.enumerate()
+            if thread not in before and (not thread.daemon or thread.name.startswith("paraval"))
+        ]
+
+    yield
+    deadline = time.monotonic() + LEAK_GRACE
+    for thread in left():
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if leaked := left():
+        pytest.fail(f"threads left behind: {', '.join(sorted(thread.name for thread in leaked))}", pytrace=False)

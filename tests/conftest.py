@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples on every run: a failure is a change's fault, not chance's. --hypothesis-profile=explore draws more.
-settings.register_profile("ci", deadline=None, derandomize=True, max_examples=100)
+# No deadline and no complaint about slowness: the machine may be busy with something else.
 settings.register_profile(
-    "explore", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "ci", deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("explore", settings.get_profile("ci"), derandomize=False, max_examples=2000, print_blob=True)
 settings.load_profile("ci")
 
 LEAK_GRACE = 2.0  # seconds; a pool that was told to stop may still be on its way out
@@ -34,6 +35,7 @@ def _new_uvloop() -> Any:
 
 
 @pytest.fixture(
+    scope="module",  # as anyio's own: hypothesis, and async fixtures of modules, may then use it
     params=[
         pytest.param(("asyncio", {"debug": False}), id="asyncio"),
         pytest.param(("asyncio", {"debug": True}), id="asyncio-debug"),
@@ -43,7 +45,7 @@ def _new_uvloop() -> Any:
             marks=_needs("uvloop", "dependency group 'test'"),
         ),
         pytest.param(("trio", {}), id="trio", marks=_needs("trio", "extra 'trio'")),
-    ]
+    ],
 )
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """The event loop an async test runs on."""

@@ -446,14 +446,14 @@ def test_a_pipe_gets_the_header_once_and_early_failures_with_the_first_success(t
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     received: list[str] = []
-    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
     reader.start()
     log = CSVLog(pipe)
     log.write([hpo(0, "F")])
     log.write([hpo(1, {"objective": 1.0, "metadata": {"n": 1}})])
     log.write([hpo(2, 2.0)])
     log.close()
-    reader.join()
+    reader.join(30)
     assert received[0].splitlines() == [
         "p:x,objective,job_id,job_status,m:n",
         "0,F,0,DONE,",
@@ -466,12 +466,12 @@ def test_a_pipe_gets_failures_at_the_end_when_there_is_nothing_else(tmp_path: Pa
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     received: list[str] = []
-    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
     reader.start()
     log = CSVLog(pipe)
     log.write([hpo(0, "F")])
     log.close()
-    reader.join()
+    reader.join(30)
     assert received[0].splitlines() == ["p:x,objective,job_id,job_status", "0,F,0,DONE"]
 
 
@@ -531,6 +531,32 @@ def test_a_disk_that_fills_up_leaves_whole_rows_and_loses_none(path: Path, room:
     child.communicate()
     assert child.returncode == 0
     assert [row["job_id"] for row in read(path)] == list("012345")
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(path: Path) -> None:
+    child = run_python(
+        """
+        path = sys.argv[1]
+        log = CSVLog(path)
+        log.write([job(0, "F")])
+        before = open(path, newline="").read()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, resource.RLIM_INFINITY))
+        try:
+            log.write([job(1, {"objective": 1.0, "metadata": {"n": 1}})])  # brings a column
+        except CSVError:
+            pass
+        else:
+            raise AssertionError("it was written beyond the limit")
+        assert open(path, newline="").read() == before
+        assert os.listdir(os.path.dirname(path)) == ["results.csv"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        log.write([job(2, 2.0)])
+        """,
+        str(path),
+    )
+    child.communicate()
+    assert child.returncode == 0
+    assert [row["m:n"] for row in read(path)] == ["", "1", ""]
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -135,7 +135,7 @@ class Evaluator(abc.ABC):
             dict(run_function_kwargs or {}), self._clock, checks.seconds("kill_grace", kill_grace, or_zero=True)
         )
         self._backend = self._make_backend()
-        self._ledger = Ledger()
+        self._ledger = Ledger(counts_pending=self._max_pending is not None)
         self._notifier = Notifier(self._callbacks)
         overridden = type(self).execute is not Evaluator.execute
         # The engine must not keep an evaluator alive that nobody else holds, or it could never be collected.
@@ -214,6 +214,7 @@ class Evaluator(abc.ABC):
         """Start jobs as :meth:`submit` does; where ``max_pending`` asks for it, wait without blocking the loop."""
         self._life.refuse_after_fork()
         waiting = checks.configurations(args_list)
+        await self._life.wait_until_closed()
         while waiting:
             room = self._room(len(waiting))
             if room:
@@ -385,6 +386,7 @@ class Evaluator(abc.ABC):
     async def evaluate_async(self, args: Args) -> Job:
         """Run one job and wait for it; cancelling the waiting task cancels or kills the job, and waits for that."""
         self._life.refuse_after_fork()
+        await self._life.wait_until_closed()
         ended = anyio.Event()
         (job,) = self._launch([checks.configuration(args)], waker(ended))
         try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,12 +224,3 @@ def test_a_long_sweep_of_short_jobs(command_line: CommandLine) -> None:
     done = command_line.run("run", "functions.py:coroutine", "--configs", "many.csv", "-q")
     assert done.returncode == 0
     assert sorted(int(row["p:x"]) for row in command_line.rows()) == list(range(20_000))
-
-
-def test_the_entry_point_names_the_extra(command_line: CommandLine) -> None:
-    blocked = "import sys; sys.modules['rich'] = None; from paraval.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", blocked], env=command_line.environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr == "paraval: error: the command line needs rich: pip install 'paraval[cli]'\n"

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Literal
 
 import anyio
@@ -61,10 +60,11 @@ class Batch:
 
     __slots__ = ("_clock", "_finished", "_size", "_todo", "created", "current", "was_reclaimed")
 
-    def __init__(self, jobs: Iterable[Job], clock: Callable[[], float]) -> None:
-        self._todo = deque(jobs)
-        self._size = len(self._todo)
-        self._finished: deque[Ended] = deque()
+    def __init__(self, jobs: list[Job], clock: Callable[[], float]) -> None:
+        self._size = len(jobs)
+        jobs.reverse()
+        self._todo = jobs  # the next one is at the end
+        self._finished: list[Ended] = []
         self._clock = clock
         self.created = clock()
         self.current: Job | None = None
@@ -75,7 +75,7 @@ class Batch:
     def take(self) -> Job | None:
         """Start the next job; None when there is none left."""
         try:
-            job = self._todo.popleft()
+            job = self._todo.pop()
         except IndexError:
             return None
         job._started = self._clock()
@@ -100,8 +100,10 @@ class Batch:
 
     def collect(self) -> list[Ended]:
         """Take the outcomes that were handed in since the last call."""
-        finished = self._finished
-        return [finished.popleft() for _ in range(len(finished))]
+        count = len(self._finished)  # the slot may append one more at this moment; that one stays
+        ended = self._finished[:count]
+        del self._finished[:count]
+        return ended
 
     def reclaim(self) -> list[Job]:
         """Take back the jobs that were not started, in their order."""
@@ -109,7 +111,7 @@ class Batch:
         self.was_reclaimed = True
         try:
             while True:  # from the far end, as the slot may take from the near end at the same moment
-                jobs.append(self._todo.pop())
+                jobs.append(self._todo.pop(0))
         except IndexError:
             jobs.reverse()
             return jobs
@@ -123,14 +125,14 @@ class Batch:
         return True
 
 
-async def outcome_of(awaitable: Awaitable[Any]) -> Outcome:
-    """Await a run-function on the engine's loop; whatever it raises, SystemExit too, is its own failure.
+async def outcome_of(function: Callable[..., Awaitable[Any]], argument: Any, kwargs: dict[str, Any]) -> Outcome:
+    """Await a call on the engine's loop; whatever it raises, SystemExit too, is its own failure.
 
     A cancellation that comes from above goes up. One that the run-function made up itself (it awaited a task that was
     cancelled) is its failure.
     """
     try:
-        return Outcome(await awaitable)
+        return Outcome(await function(argument, **kwargs))
     except GeneratorExit:
         raise
     except BaseException as exc:

@@ -8,7 +8,6 @@ from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, o
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
-from paraval.job import Job
 
 __all__ = ["SerialEvaluator"]
 
@@ -22,12 +21,8 @@ class SerialSlot(Slot):
     async def run(self, batch: Batch) -> None:
         spec = self._spec
         while (job := batch.take()) is not None:
-            batch.finish(job, await outcome_of(self._call(job, spec)))
-
-    @staticmethod
-    async def _call(job: Job, spec: RunSpec) -> Any:
-        function: Any = job.run_function
-        return await function(job.create_running_job(spec.stopper), **spec.kwargs)
+            function: Any = job.run_function
+            batch.finish(job, await outcome_of(function, job.create_running_job(spec.stopper), spec.kwargs))
 
 
 class SerialBackend(Backend):

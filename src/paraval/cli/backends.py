@@ -12,28 +12,29 @@ __all__ = ["print_backends"]
 STOPPING: Final = {
     "cancel": "cancels the coroutine",
     "kill": "kills the worker",
-    "cooperative": "asks; then abandons it",
+    "cooperative": "asks, then abandons",
 }
-"""What ``cancellation`` means to the job that has run out of time."""
+"""What ``cancellation`` means to a job that has run out of time."""
 
 
 def print_backends() -> None:
-    """Print every known method."""
+    """Print every known method; what a method that is not ready could do is known only once it can be loaded."""
     console = output_console()
     table = make_table(console)
-    for column in ("method", "ready", "jobs run in", "a timeout", "closures", "several hosts", ""):
+    for column in ("method", "ready", "runs jobs in", "a timeout", "closures", "hosts"):
         table.add_column(column)
-    for method in methods().values():
-        table.add_row(
-            method.name,
-            _yes(method.missing is None),
-            method.parallel,
-            STOPPING.get(method.cancellation, method.cancellation),
-            _yes(method.closures),
-            _yes(method.several_hosts),
-            method.summary if method.missing is None else method.missing,
-        )
+    known = methods()
+    for method in known.values():
+        if method.missing is None:
+            stopping = STOPPING.get(method.cancellation, method.cancellation)
+            abilities = (method.parallel, stopping, _yes(method.closures), "several" if method.several_hosts else "one")
+            table.add_row(method.name, "yes", *abilities)
+        else:
+            table.add_row(method.name, f"no: {method.missing}", "?", "?", "?", "?")
     print_table(console, "Methods", table)
+    for method in known.values():
+        if method.summary:
+            console.print(f"{method.name}: {method.summary.replace('``', '')}")
 
 
 def _yes(value: bool) -> str:

@@ -14,7 +14,7 @@ __all__ = ["Candidate", "Reason", "Tally"]
 TOP: Final = 5
 """How many of the best configurations are kept, for one objective."""
 
-FRONT_LIMIT: Final = 1000
+FRONT_LIMIT: Final = 200
 """How many non-dominated configurations are kept, for several objectives. A bound on the time that each job costs."""
 
 

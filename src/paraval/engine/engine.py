@@ -284,7 +284,7 @@ class Engine:
         if batch.waiting:
             self._return_to_queue(batch.reclaim())
         elif not batch.was_reclaimed:
-            self._sizer.learn(len(jobs), self._clock() - batch.created)
+            self._sizer.learn(len(batch), self._clock() - batch.created)
         worker.batch = None
         self._settle(batch.collect())
 
@@ -332,7 +332,7 @@ class Engine:
 
     def _watch(self, worker: _Worker, batch: Batch) -> None:
         """Keep an eye on a batch: one check for each worker at a time, however many batches it runs."""
-        if worker.watched:
+        if worker.watched or (len(batch) == 1 and self._settings.job_timeout is None):
             return
         due = self._next_check(batch)
         if due is not None:
@@ -409,6 +409,8 @@ class Engine:
             return
         self._reasons[job.id] = reason
         job._status = JobStatus.CANCELLING
+        if worker.batch is not None:
+            self._return_to_queue(worker.batch.reclaim())  # or a thread that stops in time would go on with them
         worker.scope.cancel()
         message = f"{reason.message}; the job did not stop"
         refused = Outcome(error=reason._replace(message=message), cancelled=True)
@@ -503,7 +505,7 @@ def _stopped(job: Job, outcome: Outcome, reason: JobError) -> Outcome:
 async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch) -> None:
     job = batch.take()
     if job is not None:
-        batch.finish(job, await outcome_of(execute(job)))
+        batch.finish(job, await outcome_of(execute, job, {}))
 
 
 def _protected_from_ctrl_c(function: Callable[..., Any]) -> Callable[..., Any]:

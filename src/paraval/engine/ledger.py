@@ -97,11 +97,12 @@ class Ledger:
         submitted: jobs submitted, private ones too.
         settled: jobs that ended, private ones too.
         in_flight: public jobs submitted and not yet in the mailbox.
-        pending: jobs submitted and not started, roughly: kept for back-pressure.
+        pending: jobs submitted and not started, roughly; only where back-pressure needs it (``counts_pending``).
         failure: why no more outcomes will come, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, counts_pending: bool = True) -> None:
+        self._counts_pending = counts_pending
         self._lock = threading.Lock()
         self._mailbox: deque[Job] = deque()
         self._waiters: list[_Waiter] = []
@@ -136,6 +137,8 @@ class Ledger:
 
     def started(self, count: int) -> None:
         """Note that jobs left the queue for a worker (negative: that they came back)."""
+        if not self._counts_pending:
+            return
         with self._lock:
             self.pending -= count
             self._wake_the_ready()

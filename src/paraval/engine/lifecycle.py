@@ -86,7 +86,7 @@ class Lifecycle:
             EvaluatorClosedError: the loop is gone.
         """
         if self._closing:
-            self.refuse_on_home("submitting while the evaluator is being closed", "aclose()")
+            self.refuse_on_home("a submit() while the evaluator is being closed", "submit_async()")
             self._ledger.wait(lambda: not self._closing, self.check, despite_failure=True)
         with self._lock:
             if self._home is not None and not self._home.loop.is_here and self._engine is None:
@@ -94,6 +94,11 @@ class Lifecycle:
                     raise EvaluatorClosedError("the event loop that runs the jobs is gone")
                 return
             self._open().submit(jobs)
+
+    async def wait_until_closed(self) -> None:
+        """Where somebody closes the evaluator at this moment, wait for that without blocking the loop."""
+        if self._closing:
+            await self._ledger.wait_async(lambda: not self._closing, despite_failure=True)
 
     def _open(self) -> Engine:
         engine = self._engine

@@ -1,0 +1,321 @@
+"""The measures. Each runs in a fresh interpreter, so none inherits modules, threads or garbage from another.
+
+Machines are shared and noisy, so what counts is a ratio: ours and the peer's are measured right after one another, again
+and again, and the median of the pairs' ratios is judged. The garbage collector is on, with its defaults, as users have
+it; what earlier samples left is collected before a sample starts. First runs, which import and start threads, are not
+counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any, Final
+
+import anyio
+import peers
+import psutil
+from peers import Contestant, Method
+from report import Goal, Row, Sample
+
+__all__ = ["MEASURES", "Measure"]
+
+Measure = Callable[[bool], list[Row]]
+"""Takes whether it shall be quick, gives rows of the table."""
+
+_US: Final = 1e6
+_METHODS: Final[tuple[Method, ...]] = ("serial", "thread")
+_DEEPHYPER_JOBS: Final = 3_000
+_EIGHTH: Final = Goal("at most", 1 / 8)
+
+
+def flood_serial(quick: bool) -> list[Row]:
+    """Time submitting all jobs at once and gathering all: 10,000 of ours, 3,000 of DeepHyper's, per job.
+
+    Each sample has an evaluator of its own, which has run 10 jobs before. DeepHyper gets fewer jobs since its cost per job
+    grows with their number.
+    """
+    samples = pairs(
+        lambda: flood(lambda: peers.paraval("serial"), 10_000),
+        lambda: flood(lambda: peers.deephyper("serial"), _DEEPHYPER_JOBS),
+        3 if quick else 11,
+    )
+    return [Row("flood of 10,000, serial", "µs/job", "DeepHyper serial, 3,000", _EIGHTH, samples)]
+
+
+def flood_thread(quick: bool) -> list[Row]:
+    """Time submitting 10,000 jobs at once and gathering all, against as many futures and their results."""
+    samples = pairs(
+        lambda: flood(lambda: peers.paraval("thread"), 10_000),
+        lambda: flood(peers.BareThreadPool, 10_000),
+        11 if quick else 31,
+    )
+    return [Row("flood of 10,000, thread", "µs/job", "ThreadPoolExecutor", Goal("at most", 1.0), samples)]
+
+
+def loop_deephyper(quick: bool) -> list[Row]:
+    """Time the loop of a search, gather("BATCH", 1) and submit as many, after 3,000 jobs went through that loop.
+
+    Per job gathered. Both sides have their 3,000 jobs behind them, and stay alive while segments of the loop are timed in
+    turn: 200 jobs of DeepHyper's, whose cost still grows, 1,000 of ours.
+    """
+    rows = []
+    for method in _METHODS:
+        with peers.paraval(method) as ours, peers.deephyper(method) as theirs:
+            ours.loop(_DEEPHYPER_JOBS)
+            theirs.loop(_DEEPHYPER_JOBS)
+            samples = pairs(
+                lambda ours=ours: ours.loop(1_000) * _US,  # type: ignore[misc]
+                lambda theirs=theirs: theirs.loop(200) * _US,  # type: ignore[misc]
+                3 if quick else 7,
+            )
+        rows.append(Row(f"one in, one out, {method}", "µs/job", f"DeepHyper {method}, after 3,000", _EIGHTH, samples))
+    return rows
+
+
+def loop_thread_pool(quick: bool) -> list[Row]:
+    """Time the loop of a search in threads, against wait(FIRST_COMPLETED) and submit as many on the bare executor."""
+    with peers.paraval("thread") as ours, peers.BareThreadPool() as theirs:
+        ours.loop(1_000)
+        theirs.loop(1_000)
+        samples = pairs(lambda: ours.loop(2_000) * _US, lambda: theirs.loop(2_000) * _US, 7 if quick else 21)
+    return [Row("one in, one out, thread", "µs/job", "ThreadPoolExecutor", Goal("at most", 4.0), samples)]
+
+
+def growth(quick: bool) -> list[Row]:
+    """Time the loop of a search after 50,000 jobs ("ours") and after 1,000 ("theirs") of the same evaluator.
+
+    1,000 jobs of the loop are timed each time. The jobs between are floods of 1,000, which lie between the two for a
+    second only, so that the machine has little time to change. All jobs stay in the evaluator and in its storage.
+    """
+    rows = []
+    for method in _METHODS:
+        samples = []
+        for _ in range(1 + (3 if quick else 11)):
+            gc.collect()
+            with peers.paraval(method) as evaluator:
+                evaluator.loop(1_000)
+                young = evaluator.loop(1_000) * _US
+                for _ in range(48):
+                    evaluator.flood(1_000)
+                old = evaluator.loop(1_000) * _US
+            samples.append(Sample(old, young))
+        rows.append(Row(f"growth: {method}, after 50,000", "µs/job", "after 1,000", Goal("at most", 1.15), samples[1:]))
+    return rows
+
+
+def utilisation(quick: bool) -> list[Row]:
+    """Compute how busy workers are that sleep for 1 s a job, 5 jobs each, all submitted at once.
+
+    The seconds that were asked for (jobs x 1 s, not what the sleeps really took, which a busy loop makes longer) over
+    workers x the time from submit to the return of gather.
+    """
+    rounds = 1 if quick else 3
+    few = pairs(
+        lambda: busy_share(peers.paraval, 1_920), lambda: busy_share(peers.deephyper, 1_920), rounds, warm_up=False
+    )
+    many = [Sample(busy_share(peers.paraval, 10_000)) for _ in range(rounds)]
+    goal_few, goal_many = Goal("at least", 0.96, "ours"), Goal("at least", 0.88, "ours")
+    return [
+        Row("utilisation, serial, 1,920 workers", "", "DeepHyper serial", goal_few, few),
+        Row("utilisation, serial, 10,000 workers", "", None, goal_many, many),
+    ]
+
+
+def cpu_while_waiting(quick: bool) -> list[Row]:
+    """Compute the CPU time of the whole process over wall time while gather waits for a job that sleeps for 2 s."""
+    goal = Goal("at most", 1.0, "ours")
+    rounds = 1 if quick else 2
+    rows = []
+    for method in _METHODS:
+        sync = [Sample(waiting_sync(method) * 100) for _ in range(rounds)]
+        rows.append(Row(f"CPU while gather waits, {method}", "%", None, goal, sync))
+        on_loop = [Sample(anyio.run(waiting_async, method) * 100) for _ in range(rounds)]
+        rows.append(Row(f"CPU while gather_async waits, {method}", "%", None, goal, on_loop))
+    return rows
+
+
+def import_time(quick: bool) -> list[Row]:
+    """Time the import in a fresh interpreter; the start of the interpreter is not in it.
+
+    `import paraval` imports little until a name is used, so the import of what a program uses is shown too.
+    """
+    lazy, whole, theirs = (
+        "import paraval",
+        "from paraval import Evaluator, SerialEvaluator",
+        "import deephyper.evaluator",
+    )
+    rounds = 2 if quick else 5
+    for statement in (lazy, whole, theirs):
+        import_seconds(statement)  # the first writes the bytecode
+    times = [(import_seconds(lazy), import_seconds(whole), import_seconds(theirs)) for _ in range(rounds)]
+    goal = Goal("at most", 1 / 30)
+    return [
+        Row(lazy, "ms", theirs, goal, [Sample(a * 1e3, c * 1e3) for a, _, c in times]),
+        Row(whole, "ms", theirs, None, [Sample(b * 1e3, c * 1e3) for _, b, c in times]),
+    ]
+
+
+def memory(quick: bool) -> list[Row]:
+    """Compute the bytes that stay for each gathered job; evaluator, storage and jobs are kept.
+
+    Plain jobs with two arguments, which return a dict with one value, all of which is counted. "Traced" is what Python
+    allocated (tracemalloc), "resident" how much larger the process became.
+    """
+    jobs = 20_000 if quick else 50_000
+    goal = Goal("at most", 2.0, "ours")
+    peers.paraval("thread", function=small_result).flood(1_000)  # what is needed once
+    resident = [Sample(kept_bytes(lambda: peers.paraval("thread", function=small_result), jobs, resident_bytes) / 1024)]
+    tracemalloc.start()
+    traced = [
+        Sample(
+            kept_bytes(lambda: peers.paraval("thread", function=small_result), 20_000, traced_bytes) / 1024,
+            kept_bytes(lambda: peers.deephyper("thread", function=small_result), _DEEPHYPER_JOBS, traced_bytes) / 1024,
+        )
+    ]
+    tracemalloc.stop()
+    return [
+        Row("memory per finished job, traced", "KiB", "DeepHyper thread, 3,000", goal, traced),
+        Row("memory per finished job, resident", "KiB", None, goal, resident),
+    ]
+
+
+MEASURES: Final[dict[str, Measure]] = {
+    "flood-serial": flood_serial,
+    "flood-thread": flood_thread,
+    "loop-deephyper": loop_deephyper,
+    "loop-thread-pool": loop_thread_pool,
+    "growth": growth,
+    "utilisation": utilisation,
+    "cpu": cpu_while_waiting,
+    "import": import_time,
+    "memory": memory,
+}
+
+
+def pairs(ours: Callable[[], float], theirs: Callable[[], float], rounds: int, *, warm_up: bool = True) -> list[Sample]:
+    """Measure the two in turn, the one that begins changing each time; a first pair is thrown away."""
+    samples = []
+    for number in range(rounds + warm_up):
+        gc.collect()
+        if number % 2:
+            theirs_is = theirs()
+            gc.collect()
+            ours_is = ours()
+        else:
+            ours_is = ours()
+            gc.collect()
+            theirs_is = theirs()
+        samples.append(Sample(ours_is, theirs_is))
+    return samples[warm_up:]
+
+
+def flood(make: Callable[[], Contestant], jobs: int) -> float:
+    """Make a contestant, let its workers start, flood it; return the µs per job."""
+    contestant = make()
+    contestant.flood(10)
+    gc.collect()
+    seconds = contestant.flood(jobs)
+    contestant.close()
+    return seconds * _US
+
+
+def busy_share(make: Callable[..., peers.Evaluator], workers: int, rounds: int = 5) -> float:
+    """Let every worker sleep for 1 s so many times; return the share of the workers' time that was asked for."""
+    with make("serial", workers, sleep_1_s) as evaluator:
+        gc.collect()
+        per_job = evaluator.flood(workers * rounds)
+    return 1.0 / (workers * per_job)
+
+
+async def sleep_1_s(job: Any) -> float:  # noqa: ARG001 - the work is the same for every job
+    """Sleep for 1 s."""
+    await asyncio.sleep(1.0)
+    return 1.0
+
+
+_asleep = threading.Event()
+_SLEEP_S: Final = 2.0
+
+
+def sleep_2_s(job: Any) -> float:  # noqa: ARG001 - likewise
+    """Sleep for 2 s, in a thread."""
+    _asleep.set()
+    time.sleep(_SLEEP_S)
+    return 1.0
+
+
+async def sleep_2_s_async(job: Any) -> float:  # noqa: ARG001 - likewise
+    """Sleep for 2 s, in a coroutine."""
+    _asleep.set()
+    await asyncio.sleep(_SLEEP_S)
+    return 1.0
+
+
+def waiting_sync(method: Method) -> float:
+    """Give the share of a CPU that is used while gather waits."""
+    with waiting_evaluator(method) as contestant:
+        contestant.evaluator.submit([{}])
+        _asleep.wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        contestant.evaluator.gather("ALL")
+        return (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+
+async def waiting_async(method: Method) -> float:
+    """Give the share of a CPU that is used while gather_async waits, on the loop that is also the jobs' home."""
+    async with waiting_evaluator(method).evaluator as evaluator:
+        await evaluator.submit_async([{}])
+        while not _asleep.is_set():
+            await anyio.sleep(0.001)
+        wall, cpu = time.perf_counter(), time.process_time()
+        await evaluator.gather_async("ALL")
+        return (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+
+def waiting_evaluator(method: Method) -> peers.Evaluator:
+    """Make a warm evaluator whose jobs sleep for 2 s."""
+    _asleep.clear()
+    return peers.paraval(method, function=sleep_2_s_async if method == "serial" else sleep_2_s)
+
+
+def import_seconds(statement: str) -> float:
+    """Time one import in a fresh interpreter."""
+    code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(shown.stdout.split()[-1])
+
+
+def small_result(job: Any) -> dict[str, float]:
+    """Return a small dict of one's own."""
+    return {"y": job["x"] * 0.5}
+
+
+def kept_bytes(make: Callable[[], peers.Evaluator], jobs: int, measured: Callable[[], int]) -> float:
+    """Run jobs in floods of 1,000; return how many bytes each of them still holds while the evaluator lives."""
+    with make() as contestant:
+        contestant.flood(10)
+        gc.collect()
+        before = measured()
+        for _ in range(jobs // 1_000):
+            contestant.evaluator.submit([{"x": number, "y": 0.5} for number in range(1_000)])
+            contestant.evaluator.gather("ALL")
+        gc.collect()
+        return (measured() - before) / jobs
+
+
+def resident_bytes() -> int:
+    """Give the size of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def traced_bytes() -> int:
+    """Give what Python has allocated."""
+    return tracemalloc.get_traced_memory()[0]

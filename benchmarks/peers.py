@@ -1,0 +1,150 @@
+"""Who takes part: paraval, DeepHyper, and the bare ThreadPoolExecutor, each used as its own documentation does.
+
+Run-functions stand at module level, as DeepHyper wants them; each side gets the same work to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Literal, Protocol, Self
+
+__all__ = ["BareThreadPool", "Contestant", "Evaluator", "Method", "deephyper", "noop", "noop_async", "paraval"]
+
+Method = Literal["serial", "thread"]
+
+
+def noop(job: Any) -> float:  # noqa: ARG001 - the work is to do nothing
+    """Do nothing; for threads."""
+    return 1.0
+
+
+async def noop_async(job: Any) -> float:  # noqa: ARG001 - likewise
+    """Do nothing; for coroutines."""
+    return 1.0
+
+
+def run_function(method: Method) -> Callable[..., Any]:
+    """Give the run-function that does nothing, of the kind that the method wants."""
+    return noop_async if method == "serial" else noop
+
+
+class Contestant(Protocol):
+    """What is timed."""
+
+    def flood(self, jobs: int) -> float:
+        """Submit all jobs at once, then wait for all results; return the seconds per job."""
+
+    def loop(self, jobs: int) -> float:
+        """Take what is done, submit as many anew, until so many are done; return the seconds per job."""
+
+    def close(self) -> None:
+        """Stop the workers."""
+
+
+class Evaluator:
+    """An evaluator, paraval's or DeepHyper's: for what is done here they have the same face.
+
+    Args:
+        evaluator: with nothing in flight.
+        workers: how many it has; the loop keeps so many jobs in flight.
+    """
+
+    def __init__(self, evaluator: Any, workers: int) -> None:
+        self.evaluator = evaluator
+        self._workers = workers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def flood(self, jobs: int) -> float:  # noqa: D102 - documented on Contestant; so are the others here
+        configurations = [{"x": number} for number in range(jobs)]
+        start = time.perf_counter()
+        self.evaluator.submit(configurations)
+        done = self.evaluator.gather("ALL")
+        seconds = time.perf_counter() - start
+        _expect(jobs, len(done))
+        return seconds / jobs
+
+    def loop(self, jobs: int) -> float:  # noqa: D102
+        evaluator = self.evaluator
+        evaluator.submit([{"x": number} for number in range(self._workers)])
+        count = 0
+        start = time.perf_counter()
+        while count < jobs:
+            done = evaluator.gather("BATCH", 1)
+            evaluator.submit([{"x": count}] * len(done))
+            count += len(done)
+        seconds = time.perf_counter() - start
+        _expect(self._workers, len(evaluator.gather("ALL")))
+        return seconds / count
+
+    def close(self) -> None:  # noqa: D102
+        self.evaluator.close()
+
+
+def paraval(method: Method, workers: int = 2, function: Callable[..., Any] | None = None) -> Evaluator:
+    """Make a paraval evaluator with its defaults."""
+    from paraval import Evaluator as ParavalEvaluator
+
+    made = ParavalEvaluator.create(function or run_function(method), method, {"num_workers": workers})
+    return Evaluator(made, workers)
+
+
+def deephyper(method: Method, workers: int = 2, function: Callable[..., Any] | None = None) -> Evaluator:
+    """Make a DeepHyper evaluator with its defaults. Its import takes seconds and is heavy: only where it is needed."""
+    from deephyper.evaluator import Evaluator as DeepHyperEvaluator
+
+    made = DeepHyperEvaluator.create(function or run_function(method), method, {"num_workers": workers})
+    return Evaluator(made, workers)
+
+
+class BareThreadPool:
+    """``concurrent.futures.ThreadPoolExecutor`` with nothing around it."""
+
+    def __init__(self, workers: int = 2) -> None:
+        self._executor = ThreadPoolExecutor(workers)
+        self._workers = workers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def flood(self, jobs: int) -> float:  # noqa: D102
+        configurations = [{"x": number} for number in range(jobs)]
+        submit = self._executor.submit
+        start = time.perf_counter()
+        futures = [submit(noop, configuration) for configuration in configurations]
+        results = [future.result() for future in futures]
+        seconds = time.perf_counter() - start
+        _expect(jobs, len(results))
+        return seconds / jobs
+
+    def loop(self, jobs: int) -> float:  # noqa: D102
+        submit = self._executor.submit
+        pending: set[Future[float]] = {submit(noop, {"x": number}) for number in range(self._workers)}
+        count = 0
+        start = time.perf_counter()
+        while count < jobs:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for _ in done:
+                pending.add(submit(noop, {"x": count}))
+            count += len(done)
+        seconds = time.perf_counter() - start
+        _expect(self._workers, len(wait(pending).done))
+        return seconds / count
+
+    def close(self) -> None:  # noqa: D102
+        self._executor.shutdown()
+
+
+def _expect(wanted: int, got: int) -> None:
+    """A figure for work that was not done is worth nothing."""
+    if got != wanted:
+        raise RuntimeError(f"{got} jobs came back where {wanted} were in flight")

@@ -119,4 +119,4 @@ def wheel(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Measure paraval beside its peers, which are installed for real."""
     session.install(".[all]", *groups("benchmarks"))
-    session.run("python", "benchmarks/run.py", *session.posargs)
+    session.run("python", "benchmarks/run.py", *session.posargs, env=INSTALLED_ONLY)

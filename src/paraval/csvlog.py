@@ -171,8 +171,8 @@ class CSVLog:
                 self._sink.replace(self._text(layout, self._early + self._pending, header=True))
         except OSError as exc:
             error = CSVError(
-                f"cannot write {self.path}: {exc.strerror or exc}; {len(self._pending)} row(s) are not on disk yet, but kept "
-                "in memory and tried again with the next write"
+                f"cannot write {self.path}: {exc.strerror or exc}; {len(self._pending)} row(s) are not on disk yet, "
+                "but kept in memory and tried again with the next write"
             )
             error.errno = exc.errno
             raise error from exc

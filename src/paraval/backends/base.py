@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import anyio
@@ -16,7 +16,7 @@ import anyio
 from paraval.job import Job, JobStatus
 from paraval.outcome import Outcome, error_from_exception
 
-__all__ = ["Backend", "Batch", "Cancellation", "Ended", "RunSpec", "Slot", "outcome_of"]
+__all__ = ["Backend", "Batch", "Cancellation", "Ended", "RunSpec", "Slot", "failure_of"]
 
 Cancellation = Literal["cancel", "kill", "cooperative"]
 """What a backend can do to a running job: cancel its coroutine, kill it, or only ask it to stop."""
@@ -125,20 +125,17 @@ class Batch:
         return True
 
 
-async def outcome_of(function: Callable[..., Awaitable[Any]], argument: Any, kwargs: dict[str, Any]) -> Outcome:
-    """Await a call on the engine's loop; whatever it raises, SystemExit too, is its own failure.
+def failure_of(exc: BaseException) -> Outcome:
+    """Turn what a call on the engine's loop raised, be it SystemExit, into its outcome. To be called in its handler.
 
-    A cancellation that comes from above goes up. One that the run-function made up itself (it awaited a task that was
-    cancelled) is its failure.
+    A cancellation that comes from above is raised on. One that the run-function made up itself (it awaited a task that
+    was cancelled) is its failure.
     """
-    try:
-        return Outcome(await function(argument, **kwargs))
-    except GeneratorExit:
-        raise
-    except BaseException as exc:
-        if isinstance(exc, anyio.get_cancelled_exc_class()) and anyio.current_effective_deadline() == -math.inf:
-            raise
-        return Outcome(error=error_from_exception(exc))
+    if isinstance(exc, GeneratorExit):
+        raise exc
+    if isinstance(exc, anyio.get_cancelled_exc_class()) and anyio.current_effective_deadline() == -math.inf:
+        raise exc
+    return Outcome(error=error_from_exception(exc))
 
 
 class Slot(abc.ABC):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, outcome_of
+from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, failure_of
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
+from paraval.outcome import Outcome
 
 __all__ = ["SerialEvaluator"]
 
@@ -21,8 +22,12 @@ class SerialSlot(Slot):
     async def run(self, batch: Batch) -> None:
         spec = self._spec
         while (job := batch.take()) is not None:
-            function: Any = job.run_function
-            batch.finish(job, await outcome_of(function, job.create_running_job(spec.stopper), spec.kwargs))
+            try:
+                function: Any = job.run_function
+                outcome = Outcome(await function(job.create_running_job(spec.stopper), **spec.kwargs))
+            except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
+                outcome = failure_of(exc)
+            batch.finish(job, outcome)
 
 
 class SerialBackend(Backend):

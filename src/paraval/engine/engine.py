@@ -16,7 +16,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from paraval.backends.base import Backend, Batch, Ended, RunSpec, Slot, outcome_of
+from paraval.backends.base import Backend, Batch, Ended, RunSpec, Slot, failure_of
 from paraval.engine.batching import STALL_S, Batching, BatchSizer
 from paraval.engine.deadlines import Deadlines
 from paraval.engine.ledger import Ledger
@@ -36,7 +36,7 @@ _MARGIN_S: Final = 0.4
 """How long after the grace a job may take to be seen ended before it is given up."""
 _HIRE_AT_ONCE: Final = 64
 _YIELD_S: Final = 0.001
-"""A worker whose jobs never wait lets the loop's other tasks run this often."""
+"""Workers whose jobs never wait let the loop's other tasks run this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ class Engine:
         self._worker_main = self._work if self.loop.is_asyncio else _protected_from_ctrl_c(self._work)
         self._workers: set[_Worker] = set()
         self._idle = 0
+        self._last_turn = 0.0
         # Every job that is not settled. Whoever pops a job from here settles it: so each is settled once.
         self._open: dict[str, Job] = {}
         self._holders: dict[str, _Worker] = {}
@@ -248,39 +249,41 @@ class Engine:
             worker.slot.close()
 
     async def _pull_and_run(self, worker: _Worker) -> None:
-        last_yield = self._clock()
+        queue, clock, slot, execute = self._queue, self._clock, worker.slot, self._settings.execute
         # The scope is looked at before each pull: a cancellation that came too late for a job must not meet the next.
         while not worker.scope.cancel_called:
-            job = self._queue.pull_nowait()
+            if queue and clock() - self._last_turn > _YIELD_S:
+                # Jobs that never wait would keep the loop from all others. One worker in a millisecond is enough.
+                self._last_turn = clock()
+                await anyio.lowlevel.checkpoint()
+            job = queue.pull_nowait()
             if job is None:
                 self._idle += 1
                 try:
-                    job = await self._queue.pull()
+                    job = await queue.pull()
                 finally:
                     self._idle -= 1
-                last_yield = self._clock()
-            elif self._clock() - last_yield > _YIELD_S:
-                self._queue.put_back([job])
-                await anyio.lowlevel.checkpoint()
-                last_yield = self._clock()
+                self._last_turn = clock()
+            batch = self._begin_batch(worker, job)
+            if batch is None:
                 continue
-            await self._run_batch(worker, job)
+            try:
+                await (slot.run(batch) if execute is None else _execute_one(execute, batch))
+            except Exception as exc:  # noqa: BLE001 - the slot failed: that is an outcome of its job, and of no other
+                if batch.current is not None:
+                    error = error_from_exception(exc)._replace(kind="worker_died")
+                    batch.finish(batch.current, Outcome(error=error))
+            self._end_batch(worker, batch)
 
-    async def _run_batch(self, worker: _Worker, first: Job) -> None:
+    def _begin_batch(self, worker: _Worker, first: Job) -> Batch | None:
         jobs = self._fill(first)
         if not jobs or not self._note_start(worker, jobs):
-            return
+            return None
         worker.batch = batch = Batch(jobs, self._clock)
         self._watch(worker, batch)
-        try:
-            if self._settings.execute is None:
-                await worker.slot.run(batch)
-            else:
-                await _execute_one(self._settings.execute, batch)
-        except Exception as exc:  # noqa: BLE001 - the slot failed: that is an outcome of its job, and of no other
-            if batch.current is not None:
-                error = error_from_exception(exc)._replace(kind="worker_died")
-                batch.finish(batch.current, Outcome(error=error))
+        return batch
+
+    def _end_batch(self, worker: _Worker, batch: Batch) -> None:
         if batch.waiting:
             self._return_to_queue(batch.reclaim())
         elif not batch.was_reclaimed:
@@ -504,8 +507,13 @@ def _stopped(job: Job, outcome: Outcome, reason: JobError) -> Outcome:
 
 async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch) -> None:
     job = batch.take()
-    if job is not None:
-        batch.finish(job, await outcome_of(execute, job, {}))
+    if job is None:
+        return
+    try:
+        outcome = Outcome(await execute(job))
+    except BaseException as exc:  # noqa: BLE001 - an overridden execute is user code
+        outcome = failure_of(exc)
+    batch.finish(job, outcome)
 
 
 def _protected_from_ctrl_c(function: Callable[..., Any]) -> Callable[..., Any]:

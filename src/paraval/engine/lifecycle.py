@@ -22,7 +22,7 @@ from paraval.loops import Loop
 
 __all__ = ["Lifecycle"]
 
-_PATIENCE_S: Final = 1.5
+_PATIENCE_S: Final = 0.8
 """How long, beyond the grace, a close waits for a loop that does not answer."""
 
 

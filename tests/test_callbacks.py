@@ -107,13 +107,15 @@ def test_logger_shows_the_output_of_plain_jobs(capsys: pytest.CaptureFixture[str
 
 @needs_moocore
 def test_logger_shows_the_hypervolume_of_several_objectives(capsys: pytest.CaptureFixture[str]) -> None:
-    # Above the worst of each objective, (0, 0), the union of 3x1 and 1x2 has the area 4; (0, 0) itself adds nothing.
-    assert logged(capsys, hpo((0, 0)), hpo((3, 1)), hpo((1, 2)), hpo(("F", 1.0)), hpo((0.5, 0.123456))) == [
+    # Above the worst of each objective, (0, 0), the union of 3x1 and 1x2 has the area 4; above (-1, -1) it is 10.
+    jobs = [hpo(value) for value in ((0, 0), (3, 1), (1, 2), ("F", 1.0), (0.5, 0.123456), (-1, -1))]
+    assert logged(capsys, *jobs) == [
         "[00001] -- HVI Objective: 0.00000 -- Last Objective: (0.0, 0.0)",
         "[00002] -- HVI Objective: 3.00000 -- Last Objective: (3.0, 1.0)",
         "[00003] -- HVI Objective: 4.00000 -- Last Objective: (1.0, 2.0)",
         "[00004] -- Last Failure: ('F', 1.0)",
         "[00005] -- HVI Objective: 4.00000 -- Last Objective: (0.5, 0.12346)",
+        "[00006] -- HVI Objective: 10.00000 -- Last Objective: (-1.0, -1.0)",
     ]
 
 
@@ -250,6 +252,7 @@ def stopped_after(callback: SearchEarlyStopping, results: list[Any]) -> int | No
         ([plain(0)] * 9, None),
         ([(1, 1), (0, 0), (1, 1), (1, 0)], 4),
         ([(1, 1), (0, 2), (0, 3), (0, 4), (2, 0)], None),
+        ([(1, 1), 5, (6, 6, 6), 7], 4),  # another number of objectives cannot be compared
     ],
 )
 def test_the_search_stops_when_patience_ends(results: list[Any], count: int | None) -> None:

@@ -321,13 +321,16 @@ class Evaluator(abc.ABC):
 
     async def _take_async(self, limit: int | None) -> list[Job]:
         jobs = self._ledger.take(limit)
+        await self._note_gathered_async(jobs)
+        return self._raise_failures(jobs)
+
+    async def _note_gathered_async(self, jobs: list[Job]) -> None:
         if self._callbacks:
             # A callback may write to a disk: not on the caller's loop.
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self._note_gathered, jobs)
         else:
             self._note_gathered(jobs)
-        return self._raise_failures(jobs)
 
     def _gather_condition(self, type_: str, size: int) -> Callable[[], bool]:
         if type_ == "ALL":
@@ -381,7 +384,9 @@ class Evaluator(abc.ABC):
         except BaseException:
             self._cancel(job, "its caller was interrupted")
             raise
-        return self._evaluated(job)
+        self._refuse_lost(job)
+        self._note_gathered([job])
+        return self._raise_failures([job])[0]
 
     async def evaluate_async(self, args: Args) -> Job:
         """Run one job and wait for it; cancelling the waiting task cancels or kills the job, and waits for that."""
@@ -397,19 +402,18 @@ class Evaluator(abc.ABC):
                 with anyio.CancelScope(shield=True):
                     await ended.wait()
             raise
-        return self._evaluated(job)
+        self._refuse_lost(job)
+        await self._note_gathered_async([job])
+        return self._raise_failures([job])[0]
 
     def _cancel(self, job: Job, message: str) -> None:
         engine = self._life.engine
         if engine is not None:
             engine.cancel(job, message)
 
-    def _evaluated(self, job: Job) -> Job:
+    def _refuse_lost(self, job: Job) -> None:
         if not job.status.is_terminal:  # the engine failed before it could settle the job
             raise self._ledger.failure or ParavalError(f"job {job.id} was lost")
-        self._note_gathered([job])
-        self._raise_failures([job])
-        return job
 
     # -- jobs of others ------------------------------------------------------------------------------------------------
 
@@ -658,6 +662,8 @@ class Evaluator(abc.ABC):
     ) -> None:
         """Write the jobs gathered since the last call to a CSV file; the first call starts the file.
 
+        The arguments of the first call hold for the later ones.
+
         Args:
             saved_keys: None: all arguments; a list: these, through :meth:`convert_for_csv`; a function of a job: its
                 dict.
@@ -671,8 +677,9 @@ class Evaluator(abc.ABC):
 
         if self._csv is None:
             self._csv = CSVLog(os.path.join(log_dir, filename), saved_keys=saved_keys, convert=self.convert_for_csv)  # noqa: PTH118 - the public arguments are strings
-        jobs, self._undumped = self._undumped, []
-        self._csv.write(jobs)
+        self._csv.add(self._undumped)  # raises before anything is forgotten; after that the log keeps the rows
+        self._undumped = []
+        self._csv.write()
 
 
 _alive: weakref.WeakSet[Evaluator] = weakref.WeakSet()

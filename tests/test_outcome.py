@@ -19,6 +19,14 @@ from hypothesis import strategies as st
 from paraval import HPOJob, Job, JobError, JobStatus, ParavalError
 from paraval.outcome import Outcome, error_from_exception, is_failure, standardize
 
+
+class Opaque:
+    """An object of the run-function's own."""
+
+    def __repr__(self) -> str:
+        return "Opaque()"
+
+
 # -- strategies --------------------------------------------------------------------------------------------------------
 
 numbers = (
@@ -39,9 +47,9 @@ never_objectives = (
     | st.binary()
     | st.complex_numbers()
     | st.binary().map(bytearray)
-    | st.sets(st.integers())
-    | st.frozensets(st.integers())
-    | st.just(object())
+    | st.sets(st.integers(), max_size=1)
+    | st.frozensets(st.integers(), max_size=1)
+    | st.builds(Opaque)
     | st.just(...)
     | st.just(len)
     | st.dates()

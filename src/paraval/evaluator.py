@@ -35,7 +35,7 @@ from paraval.errors import (
     WrongTypeError,
 )
 from paraval.job import Job, JobContext, JobStatus
-from paraval.outcome import FAILURE
+from paraval.outcome import FAILURE, Outcome
 from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class Evaluator(abc.ABC):
         self._timeout: float | None = None
         self._timeout_set = 0.0
         self._seen_revision = 0
+        self._seen_others: set[str] = set()
         self._undumped: list[Job] = []
         self._csv: CSVLog | None = None
         _alive.add(self)
@@ -424,17 +425,15 @@ class Evaluator(abc.ABC):
         jobs = []
         for record in records:
             status = JobStatus(record.status)
-            if record.owner == self._owner or not status.is_terminal:
+            if record.owner == self._owner or not status.is_terminal or record.id in self._seen_others:
                 continue
+            self._seen_others.add(record.id)  # its record may change again: a note in the metadata, say
             args = record.args[0] if record.args else {}
             job = self._job_class(record.id, dict(args), None, self._storage)
             job.context = self._context
             job.metadata.update(record.metadata or {})
-            if record.error is not None:
-                job.set_error(record.error)
-            else:
-                job.set_output(record.out)
-            job._status = status
+            # As an outcome, since an output that is none for this class of jobs must not hide the other jobs.
+            job.settle(Outcome(record.out, record.error, cancelled=status is JobStatus.CANCELLED))
             jobs.append(job)
         if jobs:
             self.job_id_gathered += [job.id for job in jobs]

@@ -82,11 +82,11 @@ def error_from_exception(exc: BaseException) -> JobError:
     """Describe an exception as data. It never raises, whatever the exception's own methods do."""
     try:
         message = str(exc)
-    except Exception:  # noqa: BLE001 - a broken __str__ must not cost the job its record
+    except BaseException:  # noqa: BLE001 - a broken __str__ must not cost the job its record
         message = "<the exception's own __str__ failed>"
     try:
         text = "".join(_traceback.format_exception(exc))
-    except Exception:  # noqa: BLE001 - likewise for a broken __repr__ or __cause__
+    except BaseException:  # noqa: BLE001 - likewise for a broken __repr__ or __cause__
         text = None
     return JobError(
         kind="exception",
@@ -174,7 +174,7 @@ def _scalar(value: Any) -> float | str:
         )
     try:
         number = float(value)
-    except OverflowError:  # an int or a fraction beyond the range of floats
+    except (OverflowError, ValueError):  # an int or a fraction beyond the range of floats; a decimal's signalling NaN
         return FAILURE
     return number if math.isfinite(number) else FAILURE
 

@@ -1,0 +1,585 @@
+"""The storage interface on the stores that need nothing, and evaluators that share a search."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from paraval import Evaluator, HPOJob, Job, JobError, JobStatus, ParavalError, RunningJob
+from paraval.callback import Callback
+from paraval.storage import JobChange, JobRecord, MemoryStorage, NullStorage, Storage, UnknownIdError
+from support import METHODS, Stage, configurations, double, ids, in_threads, make, outputs, until
+
+BLANK = {
+    "status": 0,
+    "in": None,
+    "out": None,
+    "metadata": {},
+    "intermediate": {"budget": [], "objective": []},
+}
+
+
+@pytest.fixture
+def storage() -> MemoryStorage:
+    return MemoryStorage()
+
+
+@pytest.fixture
+def search_id(storage: MemoryStorage) -> str:
+    return storage.create_new_search()
+
+
+# -- the named methods -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [MemoryStorage, NullStorage])
+def test_a_store_that_needs_no_connection_is_connected(cls: type[Storage]) -> None:
+    storage = cls()
+    assert storage.is_connected()
+    assert storage.connect() is storage
+
+
+def test_searches_and_jobs_are_numbered(storage: MemoryStorage) -> None:
+    first, second = storage.create_new_search(), storage.create_new_search()
+    assert storage.load_all_search_ids() == [first, second] == ["0", "1"]
+    assert [storage.create_new_job(search) for search in (first, first, second)] == ["0.0", "0.1", "1.0"]
+    assert storage.load_all_job_ids(first) == ["0.0", "0.1"]
+    assert storage.load_all_job_ids(second) == ["1.0"]
+
+
+def test_job_ids_come_in_the_order_of_their_numbers(storage: MemoryStorage, search_id: str) -> None:
+    made = [storage.create_new_job(search_id) for _ in range(12)]
+    for job_id in reversed(made):
+        storage.store_job_status(job_id, 2)
+    assert storage.load_all_job_ids(search_id) == made
+    assert list(storage.load_search(search_id)) == [str(number) for number in range(12)]
+
+
+def test_a_new_job_is_blank(storage: MemoryStorage, search_id: str) -> None:
+    assert storage.load_job(storage.create_new_job(search_id)) == BLANK
+
+
+def test_every_part_of_a_job_is_stored_and_loaded(storage: MemoryStorage, search_id: str) -> None:
+    job_id = storage.create_new_job(search_id)
+    other = storage.create_new_job(search_id)
+    storage.store_job_in(job_id, args=(1, 2), kwargs={"k": 3})
+    storage.store_job_out(job_id, 0.0)
+    storage.store_job_metadata(job_id, "a", False)
+    storage.store_job_metadata(job_id, "b", [1])
+    storage.store_job_status(job_id, JobStatus.DONE.value)
+    storage.store_job_intermediate(job_id, 1, 0.5)
+    storage.store_job_intermediate(job_id, 2, 0.75)
+    expected = {
+        "status": 2,
+        "in": {"args": (1, 2), "kwargs": {"k": 3}},
+        "out": 0.0,
+        "metadata": {"a": False, "b": [1]},
+        "intermediate": {"budget": [1, 2], "objective": [0.5, 0.75]},
+    }
+    assert storage.load_job(job_id) == expected
+    assert storage.load_job_status(job_id) == 2
+    assert storage.load_jobs([other, job_id]) == {other: BLANK, job_id: expected}
+    assert list(storage.load_jobs([other, job_id])) == [other, job_id]
+    assert storage.load_search(search_id) == {"0": expected, "1": BLANK}
+
+
+def test_store_job_in_takes_either_kind_of_argument(storage: MemoryStorage, search_id: str) -> None:
+    job_id = storage.create_new_job(search_id)
+    storage.store_job_in(job_id, args=(1,))
+    assert storage.load_job(job_id)["in"] == {"args": (1,), "kwargs": None}
+    storage.store_job_in(job_id, kwargs={"k": 1})
+    assert storage.load_job(job_id)["in"] == {"args": None, "kwargs": {"k": 1}}
+
+
+def test_store_job_stores_by_key(storage: MemoryStorage, search_id: str) -> None:
+    job_id = storage.create_new_job(search_id)
+    storage.store_job(job_id, "in", {"args": (1,), "kwargs": None})
+    storage.store_job(job_id, "out", 3.5)
+    storage.store_job(job_id, "status", 1)
+    storage.store_job(job_id, "metadata", {"a": 1})
+    storage.store_job(job_id, "metadata", {"b": 2})
+    storage.store_job(job_id, "my own", [1, 2])
+    assert storage.load_job(job_id) == {
+        **BLANK,
+        "status": 1,
+        "in": {"args": (1,), "kwargs": None},
+        "out": 3.5,
+        "metadata": {"a": 1, "b": 2},
+        "my own": [1, 2],
+    }
+    with pytest.raises(ValueError, match="store_job_intermediate") as caught:
+        storage.store_job(job_id, "intermediate", {})
+    assert isinstance(caught.value, ParavalError)
+
+
+def test_search_values(storage: MemoryStorage, search_id: str) -> None:
+    storage.store_search_value(search_id, "a", {"deep": [1]})
+    storage.store_search_value(search_id, "a", 2)
+    storage.store_search_value(search_id, "none", None)
+    assert storage.load_search_value(search_id, "a") == 2
+    assert storage.load_search_value(search_id, "none") is None
+    with pytest.raises(KeyError, match="no value 'b'"):
+        storage.load_search_value(search_id, "b")
+
+
+def test_values_of_all_jobs_drop_none_alone(storage: MemoryStorage, search_id: str) -> None:
+    for value in (0, None, False, 0.0, "", 3):
+        job_id = storage.create_new_job(search_id)
+        storage.store_job_metadata(job_id, "key", value)
+        storage.store_job_out(job_id, value)
+    storage.create_new_job(search_id)
+    expected = [0, False, 0.0, "", 3]
+    assert storage.load_metadata_from_all_jobs(search_id, "key") == expected
+    assert storage.load_out_from_all_jobs(search_id) == expected
+    assert storage.load_metadata_from_all_jobs(search_id, "other") == []
+
+
+def test_what_is_loaded_can_be_changed_without_changing_the_store(storage: MemoryStorage, search_id: str) -> None:
+    job_id = storage.create_new_job(search_id)
+    storage.store_job_metadata(job_id, "a", 1)
+    storage.store_job_intermediate(job_id, 1, 2)
+    before = copy.deepcopy(storage.load_job(job_id))
+    loaded = storage.load_job(job_id)
+    loaded["metadata"]["b"] = 2
+    loaded["intermediate"]["budget"].append(9)
+    loaded["status"] = 4
+    (record,) = storage.get([job_id])
+    record.status = 4
+    assert record.metadata is not None
+    record.metadata.clear()
+    assert storage.load_job(job_id) == before
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda storage: storage.create_new_job("9"),
+        lambda storage: storage.load_all_job_ids("9"),
+        lambda storage: storage.load_search("9"),
+        lambda storage: storage.scan("9"),
+        lambda storage: storage.store_search_value("9", "k", 1),
+        lambda storage: storage.load_search_value("9", "k"),
+        lambda storage: storage.load_job("0.9"),
+        lambda storage: storage.load_job("9.0"),
+        lambda storage: storage.load_job("no dot"),
+        lambda storage: storage.load_jobs(["0.0", "0.9"]),
+        lambda storage: storage.load_job_status("0.9"),
+        lambda storage: storage.store_job_out("0.9", 1),
+        lambda storage: storage.store_job_metadata("0.9", "k", 1),
+        lambda storage: storage.store_job_in("0.9", (1,)),
+        lambda storage: storage.store_job_status("0.9", 1),
+        lambda storage: storage.store_job_intermediate("0.9", 1, 1),
+        lambda storage: storage.load_metadata_from_all_jobs("9", "k"),
+        lambda storage: storage.load_out_from_all_jobs("9"),
+    ],
+)
+def test_an_unknown_id_is_named(storage: MemoryStorage, call: Any) -> None:
+    storage.create_new_job(storage.create_new_search())
+    with pytest.raises(UnknownIdError, match=r"9|no dot") as caught:
+        call(storage)
+    assert isinstance(caught.value, ParavalError)
+    assert isinstance(caught.value, KeyError)
+    assert str(caught.value) == caught.value.args[0]  # KeyError alone would show the message in quotes
+
+
+def test_a_change_of_several_jobs_is_all_or_none(storage: MemoryStorage, search_id: str) -> None:
+    job_id = storage.create_new_job(search_id)
+    with pytest.raises(UnknownIdError):
+        storage.update([JobChange(job_id, status=2), JobChange("0.9", status=2)])
+    assert storage.load_job_status(job_id) == 0
+    with pytest.raises(UnknownIdError):
+        storage.insert([JobRecord("0.1"), JobRecord("9.0")])
+    assert storage.load_all_job_ids(search_id) == [job_id]
+
+
+# -- revisions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_scan_gives_what_changed_since(storage: MemoryStorage, search_id: str) -> None:
+    assert storage.scan(search_id) == ([], 0)
+    made = [storage.create_new_job(search_id) for _ in range(4)]
+    records, revision = storage.scan(search_id)
+    assert [record.id for record in records] == made
+    assert storage.scan(search_id, revision) == ([], revision)
+    storage.store_job_out(made[2], 1.0)
+    storage.store_job_out(made[0], 2.0)
+    storage.store_job_status(made[2], 2)
+    records, newer = storage.scan(search_id, revision)
+    assert [record.id for record in records] == [made[0], made[2]]
+    assert newer > revision
+    assert storage.scan(search_id, newer)[0] == []
+    assert [record.id for record in storage.scan(search_id)[0]] == [made[1], made[3], made[0], made[2]]
+
+
+def test_searches_have_revisions_of_their_own(storage: MemoryStorage) -> None:
+    first, second = storage.create_new_search(), storage.create_new_search()
+    storage.create_new_job(first)
+    assert storage.scan(second) == ([], 0)
+
+
+class ScannedStorage(RuleBasedStateMachine):
+    """Whoever scans from revision to revision has the same picture as whoever loads everything."""
+
+    jobs = Bundle("jobs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storage = MemoryStorage()
+        self.search_id = self.storage.create_new_search()
+        self.revision = 0
+        self.picture: dict[str, JobRecord] = {}
+        self.changed: set[str] = set()
+
+    @rule(target=jobs)
+    def create(self) -> str:
+        job_id = self.storage.create_new_job(self.search_id)
+        self.changed.add(job_id)
+        return job_id
+
+    @rule(job_id=jobs, status=st.integers(0, 4))
+    def set_status(self, job_id: str, status: int) -> None:
+        self.storage.store_job_status(job_id, status)
+        self.changed.add(job_id)
+
+    @rule(changes=st.lists(st.tuples(jobs, st.integers()), max_size=4))
+    def set_several(self, changes: list[tuple[str, int]]) -> None:
+        self.storage.update([JobChange(job_id, out=out, metadata={"out": out}) for job_id, out in changes])
+        self.changed |= {job_id for job_id, _ in changes}
+
+    @rule()
+    def scan(self) -> None:
+        records, self.revision = self.storage.scan(self.search_id, self.revision)
+        assert {record.id for record in records} == self.changed
+        assert len(records) == len(self.changed)
+        self.picture.update({record.id: record for record in records})
+        self.changed.clear()
+
+    @invariant()
+    def the_picture_is_right_but_for_what_changed(self) -> None:
+        everything = {record.id: record for record in self.storage.scan(self.search_id)[0]}
+        assert set(everything) == set(self.picture) | self.changed
+        for job_id, record in self.picture.items():
+            if job_id not in self.changed:
+                assert everything[job_id] == record
+
+
+TestScannedStorage = ScannedStorage.TestCase
+TestScannedStorage.settings = settings(max_examples=30, stateful_step_count=20)
+
+
+# -- many threads ------------------------------------------------------------------------------------------------------
+
+
+def test_ids_never_collide(storage: MemoryStorage, search_id: str) -> None:
+    def allocate() -> list[int]:
+        numbers: list[int] = []
+        for count in range(1, 40):
+            first = storage.allocate(search_id, count)
+            numbers += range(first, first + count)
+            storage.create_new_job(search_id)
+        return numbers
+
+    numbers = [number for numbers in in_threads(*[allocate] * 8) for number in numbers]
+    created = [int(job_id.partition(".")[2]) for job_id in storage.load_all_job_ids(search_id)]
+    assert sorted(numbers + created) == list(range(8 * (sum(range(1, 40)) + 39)))
+
+
+def test_searches_never_collide(storage: MemoryStorage) -> None:
+    made = in_threads(*[lambda: [storage.create_new_search() for _ in range(50)]] * 8)
+    assert len({search for searches in made for search in searches}) == 400
+    assert len(storage.load_all_search_ids()) == 400
+
+
+def test_changes_from_many_threads_are_all_kept(storage: MemoryStorage, search_id: str) -> None:
+    job_id = storage.create_new_job(search_id)
+
+    def change(thread: int) -> None:
+        for number in range(50):
+            storage.store_job_metadata(job_id, f"{thread}.{number}", number)
+            storage.store_job_intermediate(job_id, thread, number)
+
+    in_threads(*[lambda thread=thread: change(thread) for thread in range(4)])  # type: ignore[misc] # the default binds it
+    job = storage.load_job(job_id)
+    assert len(job["metadata"]) == 200
+    assert len(job["intermediate"]["budget"]) == 200
+
+
+# -- a store in another process ----------------------------------------------------------------------------------------
+
+
+def test_a_pickled_memory_storage_arrives_empty(storage: MemoryStorage, search_id: str) -> None:
+    storage.create_new_job(search_id)
+    arrived = pickle.loads(pickle.dumps(storage))  # noqa: S301 - made in the line itself
+    assert isinstance(arrived, MemoryStorage)
+    assert arrived.load_all_search_ids() == []
+    assert storage.load_all_job_ids(search_id) == ["0.0"]
+
+
+# -- NullStorage -------------------------------------------------------------------------------------------------------
+
+
+def test_a_null_storage_gives_ids_and_forgets_everything_else() -> None:
+    storage = NullStorage()
+    first, second = storage.create_new_search(), storage.create_new_search()
+    assert first != second
+    job_ids = [storage.create_new_job(search) for search in (first, first, second)]
+    assert len(set(job_ids)) == 3
+    for job_id in job_ids:
+        storage.store_job_in(job_id, args=(1,), kwargs={})
+        storage.store_job_out(job_id, 1.0)
+        storage.store_job_metadata(job_id, "a", 1)
+        storage.store_job_status(job_id, 2)
+        storage.store_job_intermediate(job_id, 1, 1)
+        storage.store_job(job_id, "mine", 1)
+        assert storage.load_job(job_id) == BLANK
+        assert storage.load_job_status(job_id) == 0
+    assert storage.load_jobs(job_ids) == dict.fromkeys(job_ids, BLANK)
+    assert storage.load_all_job_ids(first) == []
+    assert storage.load_search(first) == {}
+    assert storage.load_all_search_ids() == []
+    assert storage.scan(first, 3) == ([], 3)
+    assert storage.load_metadata_from_all_jobs(first, "a") == []
+    assert storage.load_out_from_all_jobs(first) == []
+    storage.store_search_value(first, "a", 1)
+    with pytest.raises(KeyError, match="NullStorage"):
+        storage.load_search_value(first, "a")
+
+
+def test_ids_of_a_null_storage_never_collide() -> None:
+    storage = NullStorage()
+    search_id = storage.create_new_search()
+    made = in_threads(*[lambda: [storage.create_new_job(search_id) for _ in range(100)]] * 8)
+    assert len({job_id for job_ids in made for job_id in job_ids}) == 800
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_everything_works_with_a_null_storage(method: str) -> None:
+    def run(job: RunningJob) -> float:
+        job.record(1, 2)
+        if job["x"] == 3:
+            raise ValueError("poison")
+        assert not job.stopped()
+        return double(job)
+
+    with make(method, run, num_workers=2, storage=NullStorage(), job_class=HPOJob, job_timeout=60) as evaluator:
+        evaluator.submit(configurations(5))
+        jobs = evaluator.gather("ALL")
+        assert {job.args["x"]: job.objective for job in jobs} == {0: 0.0, 1: 2.0, 2: 4.0, 3: "F_ValueError", 4: 8.0}
+        assert evaluator.evaluate({"x": 9}).output == {"objective": 18.0}
+        assert evaluator.gather_other_jobs_done() == []
+        jobs[0].status = JobStatus.DONE
+        assert evaluator.statistics().done == 5
+
+
+# -- what an evaluator records -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_evaluator_records_its_jobs(method: str, storage: MemoryStorage) -> None:
+    def run(job: RunningJob) -> Any:
+        job.record(1, job["x"])
+        if job["x"] == 2:
+            raise ValueError("poison")
+        return {"objective": job["x"], "metadata": {"epochs": 3}}
+
+    with make(method, run, storage=storage, job_class=HPOJob) as evaluator:
+        evaluator.submit(configurations(3))
+        jobs = evaluator.gather("ALL")
+    assert storage.load_all_job_ids(evaluator.search_id) == ids(jobs) == ["0.0", "0.1", "0.2"]
+    loaded = storage.load_jobs(ids(jobs))
+    assert [job["status"] for job in loaded.values()] == [2, 2, 2]
+    assert [job["in"]["args"] for job in loaded.values()] == [({"x": 0},), ({"x": 1},), ({"x": 2},)]
+    assert [job["out"] for job in loaded.values()] == [0.0, 1.0, "F_ValueError"]
+    assert [job["intermediate"]["objective"] for job in loaded.values()] == [[0], [1], [2]]
+    assert [job["metadata"].get("epochs") for job in loaded.values()] == [3, 3, None]
+    for job in loaded.values():
+        assert job["metadata"]["timestamp_submit"] <= job["metadata"]["timestamp_gather"]
+    (record,) = storage.get(["0.2"])
+    assert isinstance(record.error, JobError)
+    assert record.error.type == "ValueError"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_output_of_a_plain_job_is_stored_too(method: str, storage: MemoryStorage) -> None:
+    with make(method, lambda job: {"any": [job["x"]]}, storage=storage) as evaluator:
+        evaluator.submit(configurations(2))
+        evaluator.gather("ALL")
+        assert storage.load_out_from_all_jobs(evaluator.search_id) == [{"any": [0]}, {"any": [1]}]
+
+
+def test_a_search_in_the_storage_can_be_named(storage: MemoryStorage) -> None:
+    storage.create_new_search()
+    search_id = storage.create_new_search()
+    with make("thread", double, storage=storage, search_id=search_id) as evaluator:
+        assert evaluator.search_id == search_id
+        assert evaluator.storage is storage
+        evaluator.submit(configurations(2))
+        assert ids(evaluator.gather("ALL")) == ["1.0", "1.1"]
+
+
+def test_a_search_that_does_not_exist_is_named(storage: MemoryStorage) -> None:
+    with pytest.raises(KeyError, match="no search '7'"), make("thread", double, storage=storage, search_id="7") as evaluator:
+        evaluator.submit(configurations(1))
+
+
+# -- jobs of others ----------------------------------------------------------------------------------------------------
+
+
+class Heard(Callback):
+    """Keeps what it was told of others."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.gathered: list[list[str]] = []
+
+    def on_done_other(self, job: Job) -> None:
+        self.done.append(job.id)
+
+    def on_gather(self, local_jobs: list[Job], other_jobs: list[Job]) -> None:
+        if other_jobs:
+            self.gathered.append(ids(other_jobs))
+
+
+def peers(storage: Storage, function: Any, **kwargs: Any) -> tuple[Any, Any]:
+    first = make("thread", function, storage=storage, **kwargs)
+    return first, make("serial", function, storage=storage, search_id=first.search_id, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("job_class", "results"),
+    [
+        (HPOJob, [0.0, False, "F_oom", (1.0, 2.0), {"objective": 1.0, "metadata": {"a": 1}}, ValueError("poison")]),
+        (Job, [0.0, False, None, "text", {"any": [1]}, [], ValueError("poison")]),
+    ],
+)
+def test_each_job_of_another_is_seen_once(job_class: type[Job], results: list[Any], storage: MemoryStorage) -> None:
+    def run(job: RunningJob) -> Any:
+        result = results[job["x"]]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    heard = Heard()
+    first, second = peers(storage, run, job_class=job_class)
+    second.callbacks.append(heard)
+    with first, second:
+        first.submit(configurations(len(results)))
+        mine = {job.id: job for job in first.gather("ALL")}
+        theirs = second.gather_other_jobs_done()
+        assert ids(theirs) == ids(mine.values())
+        assert second.gather_other_jobs_done() == []
+        assert first.gather_other_jobs_done() == []
+        assert sorted(heard.done) == sorted(mine)
+        assert heard.gathered == [ids(mine.values())]
+        assert sorted(second.job_id_gathered) == sorted(mine)
+        for job in theirs:
+            own = mine[job.id]
+            assert type(job) is job_class
+            assert (job.args, job.status) == (own.args, JobStatus.DONE)
+            assert job.stored_output == own.stored_output
+            assert (job.error and job.error.reason) == (own.error and own.error.reason)
+            assert job.failed == own.failed
+
+
+def test_jobs_of_another_are_seen_while_it_works(storage: MemoryStorage) -> None:
+    with Stage() as stage:
+        first, second = peers(storage, stage.plain, num_workers=2)
+        with first, second:
+            first.submit(configurations(3))
+            stage.started(0).wait()
+            assert second.gather_other_jobs_done() == []
+            stage.release(0, 2)
+            assert ids(first.gather("BATCH", 2)) == ["0.0", "0.2"]
+            assert ids(second.gather_other_jobs_done()) == ["0.0", "0.2"]
+            stage.release(1)
+            first.gather("ALL")
+            assert ids(second.gather_other_jobs_done()) == ["0.1"]
+
+
+@pytest.mark.parametrize("by_reference", [True, False])
+def test_a_job_of_another_is_seen_once_though_its_record_changes_later(by_reference: bool) -> None:
+    storage = MemoryStorage()
+    storage.by_reference = by_reference
+    first, second = peers(storage, double)
+    with first, second:
+        first.submit(configurations(2))
+        until(lambda: first.statistics().done == 2)
+        assert ids(second.gather_other_jobs_done()) == ["0.0", "0.1"]
+        first.gather("ALL")  # it notes when it gathered
+        storage.store_job_metadata("0.0", "note", "added later")
+        assert second.gather_other_jobs_done() == []
+
+
+def test_many_evaluators_see_all_the_others(storage: MemoryStorage) -> None:
+    search_id = storage.create_new_search()
+    evaluators = [
+        make(method, double, num_workers=2, storage=storage, search_id=search_id) for method in METHODS for _ in range(2)
+    ]
+
+    def work(evaluator: Evaluator) -> list[str]:
+        seen: list[str] = []
+        for _ in range(20):
+            evaluator.submit(configurations(2))
+            evaluator.gather("BATCH", 1)
+            seen += ids(evaluator.gather_other_jobs_done())
+        evaluator.gather("ALL")
+        return seen
+
+    seen = in_threads(*[partial(work, evaluator) for evaluator in evaluators])
+    everything = storage.load_all_job_ids(search_id)
+    assert len(everything) == len(set(everything)) == 160
+    for evaluator, others in zip(evaluators, seen, strict=True):
+        others += ids(evaluator.gather_other_jobs_done())
+        assert sorted(others) == sorted(set(everything) - {job.id for job in evaluator.jobs})
+        evaluator.close()
+
+
+def test_one_strange_job_of_another_does_not_hide_the_rest(storage: MemoryStorage) -> None:
+    first = make("thread", lambda job: {"no": "objective"} if job["x"] == 1 else float(job["x"]), storage=storage)
+    second = make("thread", double, storage=storage, search_id=first.search_id, job_class=HPOJob)
+    with first, second:
+        first.submit(configurations(3))
+        first.gather("ALL")
+        theirs = {job.id: job for job in second.gather_other_jobs_done()}
+        assert [theirs[job_id].objective for job_id in ids(theirs.values())] == [0.0, "F_ValueError", 2.0]
+
+
+def test_jobs_that_were_recorded_by_hand_are_seen(storage: MemoryStorage) -> None:
+    search_id = storage.create_new_search()
+    job_id = storage.create_new_job(search_id)
+    storage.store_job_in(job_id, args=({"x": 1},))
+    storage.store_job_out(job_id, 0.0)
+    with make("thread", double, storage=storage, search_id=search_id, job_class=HPOJob) as evaluator:
+        assert evaluator.gather_other_jobs_done() == []
+        storage.store_job_status(job_id, JobStatus.DONE.value)
+        (job,) = evaluator.gather_other_jobs_done()
+        assert (job.id, tuple(job)) == (job_id, ({"x": 1}, 0.0))
+
+
+def test_cancelled_jobs_of_another_are_seen(storage: MemoryStorage) -> None:
+    with Stage() as stage:
+        first, second = peers(storage, stage.polite, job_class=HPOJob)
+        with first, second:
+            first.submit(configurations(2))
+            stage.started(0).wait()
+            first.close()
+            theirs = second.gather_other_jobs_done()
+            assert ids(theirs) == ["0.0", "0.1"]
+            assert {job.status for job in theirs} == {JobStatus.CANCELLED}
+            assert {job.objective for job in theirs} == {"F_cancelled"}
+
+
+async def test_jobs_of_another_are_seen_on_a_loop(storage: MemoryStorage) -> None:
+    first, second = peers(storage, double)
+    async with second:
+        second.submit(configurations(2))
+        assert outputs(await second.gather_async("ALL")) == [0.0, 2.0]
+        assert outputs(await first.gather_other_jobs_done_async()) == [0.0, 2.0]
+        assert await first.gather_other_jobs_done_async() == []

@@ -9,7 +9,7 @@ from typing import Any
 from paraval.errors import BadValueError, WrongTypeError
 from paraval.job import Job
 
-__all__ = ["Args", "configuration", "configurations", "job_class", "positive_int", "seconds"]
+__all__ = ["Args", "a_list", "configuration", "configurations", "job_class", "keywords", "positive_int", "seconds"]
 
 Args = Mapping[str, Any]
 """The arguments of one job."""
@@ -33,6 +33,22 @@ def configuration(args: object) -> Args:
     if not isinstance(args, Mapping):
         raise WrongTypeError(f"evaluate takes a dict of arguments, not {type(args).__name__}")
     return args
+
+
+def a_list(name: str, value: object) -> list[Any]:
+    """Take a list or tuple, or None for an empty one; give a new list."""
+    if value is not None and not isinstance(value, list | tuple):
+        raise WrongTypeError(f"{name} must be a list, not {value!r}")
+    return list(value or ())
+
+
+def keywords(name: str, value: object) -> dict[str, Any]:
+    """Take keyword arguments as a dict, or None for none; give a new dict."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise WrongTypeError(f"{name} must be a dict of keyword arguments, not {value!r}")
+    return dict(value)
 
 
 def positive_int(name: str, value: object) -> int:

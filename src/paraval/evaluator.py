@@ -9,11 +9,13 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import uuid
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -115,7 +117,7 @@ class Evaluator(abc.ABC):
             raise WrongTypeError(f"run_function must be callable, not {type(run_function).__name__}")
         self.run_function = run_function
         self.num_workers = checks.positive_int("num_workers", num_workers)
-        self._callbacks: list[Callback] = list(callbacks or [])
+        self._callbacks: list[Callback] = checks.a_list("callbacks", callbacks)
         self._storage: Storage = MemoryStorage() if storage is None else storage
         if not isinstance(self._storage, Storage):
             raise WrongTypeError(f"storage must be a paraval.storage.Storage, not {type(storage).__name__}")
@@ -132,7 +134,9 @@ class Evaluator(abc.ABC):
         origin = time.monotonic()
         self._clock: Callable[[], float] = lambda: time.monotonic() - origin
         self._spec = RunSpec(
-            dict(run_function_kwargs or {}), self._clock, checks.seconds("kill_grace", kill_grace, or_zero=True)
+            checks.keywords("run_function_kwargs", run_function_kwargs),
+            self._clock,
+            checks.seconds("kill_grace", kill_grace, or_zero=True),
         )
         self._backend = self._make_backend()
         self._ledger = Ledger(counts_pending=self._max_pending is not None)
@@ -156,6 +160,7 @@ class Evaluator(abc.ABC):
         self._context = JobContext()
         self.jobs: list[Job] = []
         self.job_id_gathered: list[str] = []
+        self._counting = threading.Lock()  # of the three numbers below
         self._num_submitted = 0
         self._num_gathered = 0
         self._num_offset = 0
@@ -203,7 +208,7 @@ class Evaluator(abc.ABC):
         self._life.refuse_after_fork()
         waiting = checks.configurations(args_list)
         while waiting:
-            room = self._room(len(waiting))
+            room = self._ledger.reserve(len(waiting), self._max_pending)
             if room:
                 self._launch(waiting[:room])
                 waiting = waiting[room:]
@@ -217,43 +222,47 @@ class Evaluator(abc.ABC):
         waiting = checks.configurations(args_list)
         await self._life.wait_until_closed()
         while waiting:
-            room = self._room(len(waiting))
+            room = self._ledger.reserve(len(waiting), self._max_pending)
             if room:
                 self._launch(waiting[:room])
                 waiting = waiting[room:]
             else:
                 await self._ledger.wait_async(self._has_room)
 
-    def _room(self, wanted: int) -> int:
-        return wanted if self._max_pending is None else max(0, min(wanted, self._max_pending - self._ledger.pending))
-
     def _has_room(self) -> bool:
         return self._max_pending is None or self._ledger.pending < self._max_pending
 
     def _launch(self, configurations: Sequence[Args], private: Callable[[], object] | None = None) -> list[Job]:
-        """Make jobs, record them, and give them to the engine."""
-        refused = None
-        if self._max_submitted is not None:
-            left = max(0, self._max_submitted - self.num_jobs_submitted)
-            if left < len(configurations):
-                refused = MaximumJobsSpawnReached(f"the maximum of {self._max_submitted} jobs was reached")
-                configurations = configurations[:left]
-        jobs = self._make_jobs(configurations) if configurations else []
-        if jobs:
-            now = self._clock()
-            self._ledger.expect(jobs, now, private)
-            try:
-                for job in jobs if self._callbacks else ():
-                    self._notifier.call("on_launch", job)
-                self._life.submit(jobs)
-            except BaseException:
-                self._ledger.forget(jobs)
-                raise
-            self._num_submitted += len(jobs)
-            if private is None:
-                self.jobs += jobs
-        if refused is not None:
-            raise refused
+        """Make jobs, record them, and give them to the engine. The ledger has room for them."""
+        wanted = len(configurations)
+        with self._counting:
+            limit = self._max_submitted
+            count = wanted if limit is None else max(0, min(wanted, limit - self.num_jobs_submitted))
+            self._num_submitted += count
+        try:
+            jobs = self._submit_new(configurations[:count], private) if count else []
+        except BaseException:
+            with self._counting:
+                self._num_submitted -= count
+            self._ledger.release(wanted)
+            raise
+        if count < wanted:
+            self._ledger.release(wanted - count)
+            raise MaximumJobsSpawnReached(f"the maximum of {limit} jobs was reached")
+        return jobs
+
+    def _submit_new(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
+        jobs = self._make_jobs(configurations)
+        self._ledger.expect(jobs, self._clock(), private)
+        try:
+            for job in jobs if self._callbacks else ():
+                self._notifier.call("on_launch", job)
+            self._life.submit(jobs)
+        except BaseException:
+            self._ledger.forget(jobs)
+            raise
+        if private is None:
+            self.jobs += jobs
         return jobs
 
     def _make_jobs(self, configurations: Sequence[Args]) -> list[Job]:
@@ -294,8 +303,11 @@ class Evaluator(abc.ABC):
         self._life.refuse_after_fork()
         ready = self._gather_condition(type, size)
         self._life.refuse_on_home("gather()", "gather_async()")
-        self._ledger.wait(ready, self._life.check)
-        jobs = self._ledger.take()
+        while True:
+            self._ledger.wait(ready, self._life.check)
+            jobs = self._ledger.take(ready)
+            if jobs is not None:  # else another thread was quicker
+                break
         try:
             self._note_gathered(jobs)
         except BaseException:  # Ctrl-C between taking and handing over must lose nothing
@@ -306,24 +318,26 @@ class Evaluator(abc.ABC):
     async def gather_async(self, type: Literal["ALL", "BATCH"], size: int = 1) -> list[Job]:  # noqa: A002 - likewise
         """Do as :meth:`gather` does without blocking the loop. A cancellation loses no job."""
         self._life.refuse_after_fork()
-        await self._ledger.wait_async(self._gather_condition(type, size))
-        # Nothing awaits between the taking and the return unless it is shielded.
-        return await self._take_async(None)
+        ready = self._gather_condition(type, size)
+        while True:
+            await self._ledger.wait_async(ready)
+            jobs = self._ledger.take(ready)
+            if jobs is not None:  # else another task or thread was quicker
+                # Nothing awaits between the taking and the return unless it is shielded.
+                await self._note_gathered_async(jobs)
+                return self._raise_failures(jobs)
 
     async def as_completed(self) -> AsyncIterator[Job]:
         """Give jobs one by one as they end, until nothing is in flight; those not taken stay to be gathered."""
+        ready = self._ledger.when_batch_done(1)
         while True:
-            await self._ledger.wait_async(self._ledger.when_batch_done(1))
-            jobs = await self._take_async(1)
-            if jobs:
-                yield jobs[0]
-            elif not self._ledger.in_flight:
+            await self._ledger.wait_async(ready)
+            jobs = self._ledger.take(ready, limit=1)
+            if jobs == []:
                 return
-
-    async def _take_async(self, limit: int | None) -> list[Job]:
-        jobs = self._ledger.take(limit)
-        await self._note_gathered_async(jobs)
-        return self._raise_failures(jobs)
+            if jobs is not None:
+                await self._note_gathered_async(jobs)
+                yield self._raise_failures(jobs)[0]
 
     async def _note_gathered_async(self, jobs: list[Job]) -> None:
         if self._callbacks:
@@ -361,7 +375,8 @@ class Evaluator(abc.ABC):
             self._storage.update([JobChange(job.id, metadata={"timestamp_gather": now}) for job in fresh])
         if self._callbacks:
             self._notifier.call("on_gather", fresh, [])
-        self._num_gathered += len(fresh)
+        with self._counting:
+            self._num_gathered += len(fresh)
         self.job_id_gathered += [job.id for job in fresh]
         self._undumped += fresh
 
@@ -379,7 +394,7 @@ class Evaluator(abc.ABC):
         self._life.refuse_after_fork()
         self._life.refuse_on_home("evaluate()", "evaluate_async()")
         gate = Gate()
-        (job,) = self._launch([checks.configuration(args)], gate.open)
+        (job,) = self._launch_private(args, gate.open)
         try:
             gate.wait(self._life.check)
         except BaseException:
@@ -394,7 +409,7 @@ class Evaluator(abc.ABC):
         self._life.refuse_after_fork()
         await self._life.wait_until_closed()
         ended = anyio.Event()
-        (job,) = self._launch([checks.configuration(args)], waker(ended))
+        (job,) = self._launch_private(args, waker(ended))
         try:
             await ended.wait()
         except BaseException:
@@ -406,6 +421,11 @@ class Evaluator(abc.ABC):
         self._refuse_lost(job)
         await self._note_gathered_async([job])
         return self._raise_failures([job])[0]
+
+    def _launch_private(self, args: Args, wake: Callable[[], object]) -> list[Job]:
+        taken = checks.configuration(args)
+        self._ledger.reserve(1, None)  # its caller waits anyway: back-pressure would gain nothing
+        return self._launch([taken], wake)
 
     def _cancel(self, job: Job, message: str) -> None:
         engine = self._life.engine
@@ -674,11 +694,13 @@ class Evaluator(abc.ABC):
         """
         from paraval.csvlog import CSVLog  # here: most evaluators never need it
 
-        if self._csv is None:
-            self._csv = CSVLog(os.path.join(log_dir, filename), saved_keys=saved_keys, convert=self.convert_for_csv)  # noqa: PTH118 - the public arguments are strings
-        self._csv.add(self._undumped)  # raises before anything is forgotten; after that the log keeps the rows
+        csv = self._csv
+        if csv is None:
+            csv = CSVLog(Path(log_dir, filename), saved_keys=saved_keys, convert=self.convert_for_csv)
+        csv.add(self._undumped)  # raises before anything is forgotten; after that the log keeps the rows
         self._undumped = []
-        self._csv.write()
+        self._csv = csv
+        csv.write()
 
 
 _alive: weakref.WeakSet[Evaluator] = weakref.WeakSet()

@@ -122,13 +122,19 @@ class Ledger:
 
     # -- the engine's side ---------------------------------------------------------------------------------------------
 
+    def reserve(self, wanted: int, most_pending: int | None) -> int:
+        """Make room for jobs that are to be submitted; give how many may be, so that at most so many are pending."""
+        with self._lock:
+            room = wanted if most_pending is None else max(0, min(wanted, most_pending - self.pending))
+            self.pending += room
+            return room
+
     def expect(self, jobs: Sequence[Job], now: float, private: Callable[[], object] | None = None) -> None:
-        """Note jobs that are being submitted; a private one goes to ``private()``, not to the mailbox."""
+        """Note jobs that are being submitted, after :meth:`reserve`; private ones go to ``private()``."""
         with self._lock:
             if self.first_submit is None:
                 self.first_submit = now
             self.submitted += len(jobs)
-            self.pending += len(jobs)
             if private is None:
                 self.in_flight += len(jobs)
             else:
@@ -181,6 +187,12 @@ class Ledger:
         with self._lock:
             self._wake_the_ready()
 
+    def release(self, count: int) -> None:
+        """Undo :meth:`reserve`."""
+        with self._lock:
+            self.pending -= count
+            self._wake_the_ready()
+
     def is_private(self, job: Job) -> bool:
         """Whether the job belongs to whoever evaluates it, and not to gather."""
         return job.id in self._private
@@ -189,7 +201,6 @@ class Ledger:
         """Undo :meth:`expect` for jobs that could not be submitted."""
         with self._lock:
             self.submitted -= len(jobs)
-            self.pending -= len(jobs)
             for job in jobs:
                 if self._private.pop(job.id, None) is None:
                     self.in_flight -= 1
@@ -243,9 +254,11 @@ class Ledger:
         """How many jobs wait in the mailbox."""
         return len(self._mailbox)
 
-    def take(self, limit: int | None = None) -> list[Job]:
-        """Take jobs from the mailbox, oldest first, at most ``limit``."""
+    def take(self, ready: Callable[[], bool], limit: int | None = None) -> list[Job] | None:
+        """Take jobs from the mailbox, oldest first, at most ``limit``; None if it is not ``ready()`` (any more)."""
         with self._lock:
+            if not ready():
+                return None
             mailbox = self._mailbox
             if limit is None:
                 jobs = list(mailbox)

@@ -85,15 +85,20 @@ class Lifecycle:
         Raises:
             EvaluatorClosedError: the loop is gone.
         """
-        if self._closing:
+        while not self._submit_unless_closing(jobs):
             self.refuse_on_home("a submit() while the evaluator is being closed", "submit_async()")
             self._ledger.wait(lambda: not self._closing, self.check, despite_failure=True)
+
+    def _submit_unless_closing(self, jobs: Sequence[Job]) -> bool:
         with self._lock:
+            if self._closing:
+                return False
             if self._home is not None and not self._home.loop.is_here and self._engine is None:
                 if not self._home.loop.call_soon(self.submit, jobs):
                     raise EvaluatorClosedError("the event loop that runs the jobs is gone")
-                return
-            self._open().submit(jobs)
+            else:
+                self._open().submit(jobs)
+            return True
 
     async def wait_until_closed(self) -> None:
         """Where somebody closes the evaluator at this moment, wait for that without blocking the loop."""

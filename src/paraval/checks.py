@@ -9,7 +9,17 @@ from typing import Any
 from paraval.errors import BadValueError, WrongTypeError
 from paraval.job import Job
 
-__all__ = ["Args", "a_list", "configuration", "configurations", "job_class", "keywords", "positive_int", "seconds"]
+__all__ = [
+    "Args",
+    "a_list",
+    "configuration",
+    "configurations",
+    "exception_types",
+    "job_class",
+    "keywords",
+    "positive_int",
+    "seconds",
+]
 
 Args = Mapping[str, Any]
 """The arguments of one job."""
@@ -66,6 +76,15 @@ def seconds(name: str, value: object, *, or_zero: bool) -> float:
     if not 0 <= value < math.inf or (value == 0 and not or_zero):
         raise BadValueError(f"{name} must be a {sign} number of seconds, not {value!r}")
     return float(value)
+
+
+def exception_types(name: str, value: object) -> tuple[type[BaseException], ...]:
+    """Take exception types, one or a tuple, as ``except`` does."""
+    types = value if isinstance(value, tuple | list) else (value,)
+    for item in types:
+        if not isinstance(item, type) or not issubclass(item, BaseException):
+            raise WrongTypeError(f"{name} must be an exception type or a tuple of them, not {value!r}")
+    return tuple(types)
 
 
 def job_class(value: object) -> type[Job]:

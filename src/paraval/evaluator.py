@@ -67,6 +67,8 @@ class Evaluator(abc.ABC):
         job_class: :class:`~paraval.Job`, or :class:`~paraval.HPOJob` for outputs that are objectives.
         job_timeout: seconds that one job may run; None: for ever.
         kill_grace: seconds between asking a job to stop and the strongest means.
+        max_attempts: how often a job may be run when its worker dies under it or it raises what ``retry_on`` names.
+        retry_on: exception types that are worth another attempt, after a back-off that doubles each time.
         on_error: ``"record"``: failures are only data; ``"raise"``: ``gather`` raises one
             :class:`~paraval.errors.JobsFailedError` after every job of that gather has been recorded.
         max_pending: back-pressure: submit waits while this many jobs wait for a worker; None: it never waits.
@@ -109,6 +111,8 @@ class Evaluator(abc.ABC):
         job_class: type[Job] = Job,
         job_timeout: float | None = None,
         kill_grace: float = 1.0,
+        max_attempts: int = 1,
+        retry_on: type[BaseException] | tuple[type[BaseException], ...] = (),
         on_error: Literal["record", "raise"] = "record",
         max_pending: int | None = None,
         batching: Batching = "auto",
@@ -131,13 +135,15 @@ class Evaluator(abc.ABC):
         BatchSizer(batching, self.num_workers)  # refuses what it would refuse later
         self._batching = batching
 
-        origin = time.monotonic()
-        self._clock: Callable[[], float] = lambda: time.monotonic() - origin
         self._spec = RunSpec(
+            run_function,
             checks.keywords("run_function_kwargs", run_function_kwargs),
-            self._clock,
-            checks.seconds("kill_grace", kill_grace, or_zero=True),
+            origin=time.monotonic(),
+            kill_grace=checks.seconds("kill_grace", kill_grace, or_zero=True),
+            storage=self._storage,
+            retry_on=checks.exception_types("retry_on", retry_on),
         )
+        self._clock = self._spec.clock
         self._backend = self._make_backend()
         self._ledger = Ledger(counts_pending=self._max_pending is not None)
         self._notifier = Notifier(self._callbacks)
@@ -152,6 +158,7 @@ class Evaluator(abc.ABC):
             num_workers=self.num_workers,
             job_timeout=self._job_timeout,
             batching=self._batching,
+            max_attempts=checks.positive_int("max_attempts", max_attempts),
             execute=self.execute if overridden else None,
         )
         self._life = Lifecycle(lambda: Engine(settings), self._ledger, self._spec.kill_grace)

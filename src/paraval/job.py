@@ -279,7 +279,7 @@ class RunningJob(MutableMapping[str, Any]):
 
             storage = MemoryStorage()
             id = storage.create_new_job(storage.create_new_search())  # noqa: A001 - as above
-        self._storage = storage
+        self._storage: Any = storage
         self.id = id
 
     def __repr__(self) -> str:
@@ -307,7 +307,10 @@ class RunningJob(MutableMapping[str, Any]):
     @property
     def storage(self) -> Storage:
         """Where the job is recorded."""
-        return self._storage
+        if callable(self._storage):  # a worker process makes its client when a job asks for it
+            self._storage = self._storage()
+        storage: Storage = self._storage
+        return storage
 
     @property
     def status(self) -> JobStatus:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
-import traceback as _traceback
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Final, NamedTuple
@@ -40,6 +38,7 @@ class JobError(NamedTuple):
         host: name of the host where the job ran.
         pid: process that ran it.
         attempts: how often the job was started.
+        history: the errors of the attempts before the last.
     """
 
     kind: str
@@ -51,6 +50,7 @@ class JobError(NamedTuple):
     host: str | None = None
     pid: int | None = None
     attempts: int = 1
+    history: tuple[JobError, ...] = ()
 
     @property
     def reason(self) -> str:
@@ -71,11 +71,13 @@ class Outcome(NamedTuple):
         value: what the run-function returned; None when it failed.
         error: None when it returned.
         cancelled: the job was stopped on request (a timeout, a cancellation), so it ends ``CANCELLED``.
+        may_retry: what it raised is among the types that ``retry_on`` names.
     """
 
     value: Any = None
     error: JobError | None = None
     cancelled: bool = False
+    may_retry: bool = False
 
 
 def error_from_exception(exc: BaseException) -> JobError:
@@ -84,8 +86,10 @@ def error_from_exception(exc: BaseException) -> JobError:
         message = str(exc)
     except BaseException:  # noqa: BLE001 - a broken __str__ must not cost the job its record
         message = "<the exception's own __str__ failed>"
+    import traceback  # here: a worker process that sees no failure need not import it
+
     try:
-        text = "".join(_traceback.format_exception(exc))
+        text = "".join(traceback.format_exception(exc))
     except BaseException:  # noqa: BLE001 - likewise for a broken __repr__ or __cause__
         text = None
     return JobError(
@@ -98,7 +102,7 @@ def error_from_exception(exc: BaseException) -> JobError:
     )
 
 
-_HOST: Final = socket.gethostname()
+_HOST: Final = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
 
 
 def is_failure(objective: object) -> bool:

@@ -81,8 +81,9 @@ class _BuiltIn:
 _BUILT_IN: Final = {
     "serial": _BuiltIn("paraval.backends.serial", "SerialEvaluator"),
     "thread": _BuiltIn("paraval.backends.thread", "ThreadPoolEvaluator"),
+    "process": _BuiltIn("paraval.backends.process", "ProcessPoolEvaluator"),
 }
-_LOCAL: Final = ("thread",)
+_LOCAL: Final = ("thread", "process")
 _GROUP: Final = "paraval.evaluators"
 
 

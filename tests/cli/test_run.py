@@ -113,7 +113,7 @@ def test_stdin_several_objectives_and_the_default_method(command_line: CommandLi
         "1": "-1.0", "2": "0.0", "3": "-3.0", "4": "0.0",
     }  # fmt: skip
     assert re.search(r"Non-dominated .*: 1 of 4\n.*\n +4 +-?0 +0\.2 +x=4", done.stdout)
-    assert re.search(rf"method +thread, {len(os.sched_getaffinity(0))} worker", done.stdout)
+    assert re.search(rf"method +process, {len(os.sched_getaffinity(0))} worker", done.stdout)
 
     # What came out can go in again; the file itself may be the output, too.
     again = command_line.run("run", "functions.py:coroutine", "--configs", "front.csv", "--output", "front.csv")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import abc
 import math
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import anyio
 
 from paraval.job import Job, JobStatus
-from paraval.outcome import Outcome, error_from_exception
+from paraval.outcome import JobError, Outcome, error_from_exception
+from paraval.storage import Storage
 
-__all__ = ["Backend", "Batch", "Cancellation", "Ended", "RunSpec", "Slot", "failure_of"]
+__all__ = ["Backend", "Batch", "Cancellation", "Ended", "RunSpec", "Slot", "WorkerDiedError", "failure_of"]
 
 Cancellation = Literal["cancel", "kill", "cooperative"]
 """What a backend can do to a running job: cancel its coroutine, kill it, or only ask it to stop."""
@@ -30,45 +32,92 @@ class RunSpec:
     """What is the same for every job of an evaluator, read anew for each job.
 
     Attributes:
+        function: the run-function.
         kwargs: static keyword arguments of the run-function.
         stopper: copied for each job; or None.
         clock: seconds since the evaluator was created.
+        origin: where that clock is zero, on ``time.monotonic()``.
         kill_grace: seconds between asking a job to stop and the strongest means.
+        retry_on: exception types of the run-function that are worth another attempt.
+        storage: where jobs are recorded.
         budget_end: when everything must have ended, on the clock.
     """
 
-    __slots__ = ("budget_end", "clock", "kill_grace", "kwargs", "stopper")
+    __slots__ = ("budget_end", "clock", "function", "kill_grace", "kwargs", "origin", "retry_on", "stopper", "storage")
 
-    def __init__(self, kwargs: dict[str, Any], clock: Callable[[], float], kill_grace: float) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        kwargs: dict[str, Any],
+        *,
+        origin: float,
+        kill_grace: float,
+        storage: Storage,
+        retry_on: tuple[type[BaseException], ...] = (),
+    ) -> None:
+        self.function = function
         self.kwargs = kwargs
         self.stopper: Any = None
-        self.clock = clock
+        self.origin = origin
+        self.clock: Callable[[], float] = lambda: time.monotonic() - origin
         self.kill_grace = kill_grace
+        self.retry_on = retry_on
+        self.storage = storage
         self.budget_end = math.inf
+
+
+class WorkerDiedError(Exception):
+    """A slot lost its worker. ``error`` says how; whose fault it was is for the engine to find out."""
+
+    def __init__(self, error: JobError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 class Batch:
     """Jobs that one worker runs one after the other.
 
     The slot takes jobs and finishes them, maybe in another thread; the engine, on its loop, collects what is finished
-    and may reclaim what was not started. Each of these is a single operation on a deque, so no lock is needed.
+    and may reclaim what was not taken. Each of these is a single operation on a list, so no lock is needed.
+
+    A slot whose worker is in this process takes one job at a time. One that sends jobs elsewhere takes them all, and
+    gives back those that its worker will not get to soon.
+
+    Args:
+        jobs: in their order; the list is the batch's own from now on.
+        clock: seconds since the evaluator was created.
+        report: called by slots that take all, on the engine's loop, when something is to be collected.
 
     Attributes:
-        current: the job that was taken and is not finished.
-        was_reclaimed: some of its jobs may have gone elsewhere, so its time says nothing about them.
+        current: the job that is known to run.
+        was_cut: some of its jobs went elsewhere, so its time says nothing about them.
     """
 
-    __slots__ = ("_clock", "_finished", "_size", "_todo", "created", "current", "was_reclaimed")
+    __slots__ = (
+        "_clock",
+        "_finished",
+        "_returned",
+        "_sent",
+        "_size",
+        "_todo",
+        "created",
+        "current",
+        "report",
+        "was_cut",
+    )
 
-    def __init__(self, jobs: list[Job], clock: Callable[[], float]) -> None:
+    def __init__(self, jobs: list[Job], clock: Callable[[], float], report: Callable[[], object]) -> None:
         self._size = len(jobs)
         jobs.reverse()
         self._todo = jobs  # the next one is at the end
         self._finished: list[Ended] = []
+        self._returned: list[Job] = []
+        self._sent: dict[str, Job] | None = None
         self._clock = clock
+        self.report = report
         self.created = clock()
         self.current: Job | None = None
-        self.was_reclaimed = False
+        self.was_cut = False
 
     # -- the slot's side -----------------------------------------------------------------------------------------------
 
@@ -88,6 +137,40 @@ class Batch:
         self._finished.append((job, outcome, self._clock()))
         self.current = None
 
+    def take_all(self) -> dict[str, Job]:
+        """Start all jobs, to be run in their order somewhere else; give those that are not finished, by their ids."""
+        jobs, self._todo = self._todo[::-1], []
+        now = self._clock()
+        for job in jobs:
+            job._started = now
+            job._status = JobStatus.RUNNING
+        self._sent = {job.id: job for job in jobs}
+        if len(jobs) == 1:
+            self.current = jobs[0]
+        return self._sent
+
+    def finish_sent(self, job: Job, outcome: Outcome, started: float, finished: float) -> None:
+        """Hand in the outcome of a job of :meth:`take_all`, with the times that the worker took."""
+        if self._sent is None or self._sent.pop(job.id, None) is None:
+            return
+        job._started = started
+        self._finished.append((job, outcome, finished))
+        if self.current is job:
+            self.current = None
+
+    def give_back(self, job_ids: list[str], current: str, started: float) -> None:
+        """Say which jobs of :meth:`take_all` the worker has not started, and which one keeps it busy since when."""
+        sent = self._sent or {}
+        self.was_cut = True
+        for job_id in job_ids:
+            job = sent.pop(job_id, None)
+            if job is not None:
+                job._started, job._status = None, JobStatus.READY
+                self._returned.append(job)
+        self.current = sent.get(current)
+        if self.current is not None:
+            self.current._started = started
+
     # -- the engine's side ---------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -95,8 +178,16 @@ class Batch:
 
     @property
     def waiting(self) -> int:
-        """How many jobs were not started."""
+        """How many jobs were not taken."""
         return len(self._todo)
+
+    @property
+    def in_hand(self) -> list[Job]:
+        """The jobs that were taken and are not finished."""
+        if self._sent is not None:
+            return list(self._sent.values())
+        current = self.current
+        return [] if current is None else [current]
 
     def collect(self) -> list[Ended]:
         """Take the outcomes that were handed in since the last call."""
@@ -106,18 +197,20 @@ class Batch:
         return ended
 
     def reclaim(self) -> list[Job]:
-        """Take back the jobs that were not started, in their order."""
+        """Take back the jobs that were not taken, or were given back, in their order."""
         jobs: list[Job] = []
-        self.was_reclaimed = True
         try:
-            while True:  # from the far end, as the slot may take from the near end at the same moment
+            while self._todo:  # from the far end, as the slot may take from the near end at the same moment
+                self.was_cut = True
                 jobs.append(self._todo.pop(0))
         except IndexError:
-            jobs.reverse()
-            return jobs
+            pass
+        jobs.reverse()
+        returned, self._returned = self._returned, []
+        return returned + jobs
 
     def withdraw(self, job: Job) -> bool:
-        """Take back one job; False when it was started already."""
+        """Take back one job; False when it was taken already."""
         try:
             self._todo.remove(job)
         except (ValueError, IndexError, RuntimeError):  # not there, or the slot took one meanwhile
@@ -125,7 +218,7 @@ class Batch:
         return True
 
 
-def failure_of(exc: BaseException) -> Outcome:
+def failure_of(exc: BaseException, retry_on: tuple[type[BaseException], ...] = ()) -> Outcome:
     """Turn what a call on the engine's loop raised, be it SystemExit, into its outcome. To be called in its handler.
 
     A cancellation that comes from above is raised on. One that the run-function made up itself (it awaited a task that
@@ -135,7 +228,7 @@ def failure_of(exc: BaseException) -> Outcome:
         raise exc
     if isinstance(exc, anyio.get_cancelled_exc_class()) and anyio.current_effective_deadline() == -math.inf:
         raise exc
-    return Outcome(error=error_from_exception(exc))
+    return Outcome(error=error_from_exception(exc), may_retry=isinstance(exc, retry_on))
 
 
 class Slot(abc.ABC):
@@ -146,22 +239,33 @@ class Slot(abc.ABC):
         """Run jobs until ``batch.take()`` gives None.
 
         When it is cancelled, the current job shall stop: it is asked (its status is ``CANCELLING``), after
-        ``kill_grace`` seconds the strongest means follow, and the cancellation goes on up. Any other exception says
-        that the slot, not the job, failed.
+        ``kill_grace`` seconds the strongest means follow, and the cancellation goes on up.
+
+        Raises:
+            WorkerDiedError: the worker died under its jobs; the next ``run`` has another. (Any other exception says
+                that the slot itself failed, and is taken in the same way.)
         """
 
     async def recover(self) -> None:  # noqa: B027 - most slots need nothing here
         """After a cancelled ``run``: return when the slot can run jobs again."""
 
-    def close(self) -> None:  # noqa: B027 - likewise
-        """Give up what the slot holds; without waiting."""
+    async def close(self) -> None:  # noqa: B027 - likewise
+        """Give up what the slot holds, within a fraction of a second; nothing cancels it."""
 
 
 class Backend(abc.ABC):
-    """Makes slots."""
+    """Makes slots.
+
+    Attributes:
+        batch_limit: most jobs that a worker may take at once; None: as many as seem good.
+    """
 
     cancellation: ClassVar[Cancellation]
+    batch_limit: int | None = None
 
     @abc.abstractmethod
     def slot(self, spec: RunSpec) -> Slot:
         """Make a slot. It may start what it needs when the first batch comes."""
+
+    async def supervise(self) -> None:  # noqa: B027 - most backends need nothing here
+        """Look after the slots, for as long as the engine runs; cancelled at its end."""

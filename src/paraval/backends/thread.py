@@ -51,7 +51,7 @@ class ThreadSlot(Slot):
     async def recover(self) -> None:
         await self._returned.wait()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._inbox.put(None)
 
     def _hand_back(self) -> None:
@@ -96,7 +96,7 @@ class _JobThread(threading.Thread):
                 value = self._complete(value)
             return Outcome(value)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
-            return Outcome(error=error_from_exception(exc))
+            return Outcome(error=error_from_exception(exc), may_retry=isinstance(exc, spec.retry_on))
 
     def _complete(self, coroutine: Any) -> Any:
         """Run a coroutine to its end on this thread's own loop."""

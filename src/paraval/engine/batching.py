@@ -28,9 +28,11 @@ class BatchSizer:
     Args:
         batching: ``"auto"``, a fixed size, or False for one job at a time.
         num_workers: who shares the queue.
+        limit: the most that the backend allows.
     """
 
-    def __init__(self, batching: Batching, num_workers: int) -> None:
+    def __init__(self, batching: Batching, num_workers: int, limit: int | None = None) -> None:
+        self._most = _MOST if limit is None else limit
         self._auto = batching == "auto" or batching is True
         if self._auto or batching is False:
             self._size = 1
@@ -42,7 +44,7 @@ class BatchSizer:
 
     def next_size(self, waiting: int) -> int:
         """Give the number of jobs to take when ``waiting`` jobs wait: never more than a fair share of them."""
-        return max(1, min(self._size, waiting // self._num_workers))
+        return max(1, min(self._size, self._most, waiting // self._num_workers))
 
     def learn(self, jobs: int, seconds: float) -> None:
         """Take into account that a batch of so many jobs took so long, the trip included."""

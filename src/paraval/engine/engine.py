@@ -6,8 +6,10 @@ to a job becomes an outcome, and every outcome is settled in :meth:`Engine._sett
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,7 +18,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from paraval.backends.base import Backend, Batch, Ended, RunSpec, Slot, failure_of
+from paraval.backends.base import Backend, Batch, Ended, RunSpec, Slot, WorkerDiedError, failure_of
 from paraval.engine.batching import STALL_S, Batching, BatchSizer
 from paraval.engine.deadlines import Deadlines
 from paraval.engine.ledger import Ledger
@@ -34,6 +36,8 @@ _logger = logging.getLogger("paraval")
 
 _MARGIN_S: Final = 0.4
 """How long after the grace a job may take to be seen ended before it is given up."""
+_BACK_OFF_S: Final = 0.1
+_BACK_OFF_MOST_S: Final = 30.0
 _HIRE_AT_ONCE: Final = 64
 _YIELD_S: Final = 0.001
 """Workers whose jobs never wait let the loop's other tasks run this often."""
@@ -55,20 +59,22 @@ class EngineSettings:
     num_workers: int
     job_timeout: float | None
     batching: Batching
+    max_attempts: int
     execute: Callable[[Job], Awaitable[Job]] | None
 
 
 class _Worker:
     """One worker: its slot, what it runs, and the scope that interrupts it."""
 
-    __slots__ = ("batch", "scope", "slot", "watched")
+    __slots__ = ("batch", "report", "scope", "slot", "watched")
 
     # Slot and scope are made by the worker's own task: where the worker is hired there may be no task.
     slot: Slot
     scope: anyio.CancelScope
 
-    def __init__(self) -> None:
+    def __init__(self, report: Callable[[_Worker], object]) -> None:
         self.batch: Batch | None = None
+        self.report = functools.partial(report, self)
         self.watched = False
 
 
@@ -85,7 +91,7 @@ class Engine:
         self._ledger = settings.ledger
         self._queue = JobQueue()
         self._deadlines = Deadlines(self._clock)
-        self._sizer = BatchSizer(settings.batching, settings.num_workers)
+        self._sizer = BatchSizer(settings.batching, settings.num_workers, settings.backend.batch_limit)
         self._doorbell = Doorbell(self._broken)
         # Ctrl-C is for the main task, not for a job. asyncio sees to that by itself.
         self._worker_main = self._work if self.loop.is_asyncio else _protected_from_ctrl_c(self._work)
@@ -96,6 +102,9 @@ class Engine:
         self._open: dict[str, Job] = {}
         self._holders: dict[str, _Worker] = {}
         self._reasons: dict[str, JobError] = {}
+        self._history: dict[str, list[JobError]] = {}
+        # Jobs whose worker died while it had several: each is run alone now, so that blame is exact.
+        self._suspects: set[str] = set()
         self._unsaved: list[tuple[list[Job], list[JobChange]]] = []
         self._attention = anyio.Event()
         self._stopping = False
@@ -163,6 +172,7 @@ class Engine:
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._deadlines.watch, name="paraval deadlines")
+                group.start_soon(self._settings.backend.supervise, name="paraval supervisor")
                 self._watch_budget()
                 started()
                 while not self._stopping:
@@ -213,7 +223,7 @@ class Engine:
         self._attention = anyio.Event()
         while self._missing_workers > 0:
             for _ in range(min(self._missing_workers, _HIRE_AT_ONCE)):
-                worker = _Worker()
+                worker = _Worker(self._progress)
                 self._workers.add(worker)
                 group.start_soon(self._worker_main, worker, name="paraval worker")
             await anyio.lowlevel.checkpoint()  # the first may begin while the next are started
@@ -226,8 +236,9 @@ class Engine:
 
     async def execute_on_slot(self, job: Job) -> Job:
         """Run a job that a worker has taken on that worker's slot; for an overridden ``Evaluator.execute``."""
-        inner = Batch([job], self._clock)
-        await self._holders[job.id].slot.run(inner)
+        worker = self._holders[job.id]
+        inner = Batch([job], self._clock, worker.report)
+        await worker.slot.run(inner)
         for _, outcome, _ in inner.collect():
             job.settle(outcome)
         return job
@@ -246,7 +257,8 @@ class Engine:
         finally:
             self._workers.discard(worker)
             self._clean_up(worker, JobError("cancelled", "the evaluator's event loop ended"))
-            worker.slot.close()
+            with anyio.CancelScope(shield=True):
+                await worker.slot.close()
 
     async def _pull_and_run(self, worker: _Worker) -> None:
         queue, clock, slot, execute = self._queue, self._clock, worker.slot, self._settings.execute
@@ -269,32 +281,54 @@ class Engine:
                 continue
             try:
                 await (slot.run(batch) if execute is None else _execute_one(execute, batch))
-            except Exception as exc:  # noqa: BLE001 - the slot failed: that is an outcome of its job, and of no other
-                if batch.current is not None:
-                    error = error_from_exception(exc)._replace(kind="worker_died")
-                    batch.finish(batch.current, Outcome(error=error))
+            except WorkerDiedError as exc:
+                self._blame(batch, exc.error)
+            except Exception as exc:  # noqa: BLE001 - the slot itself failed
+                self._blame(batch, error_from_exception(exc)._replace(kind="worker_died"))
             self._end_batch(worker, batch)
 
     def _begin_batch(self, worker: _Worker, first: Job) -> Batch | None:
         jobs = self._fill(first)
         if not jobs or not self._note_start(worker, jobs):
             return None
-        worker.batch = batch = Batch(jobs, self._clock)
+        worker.batch = batch = Batch(jobs, self._clock, worker.report)
         self._watch(worker, batch)
         return batch
 
     def _end_batch(self, worker: _Worker, batch: Batch) -> None:
-        if batch.waiting:
-            self._return_to_queue(batch.reclaim())
-        elif not batch.was_reclaimed:
-            self._sizer.learn(len(batch), self._clock() - batch.created)
         worker.batch = None
         self._settle(batch.collect())
+        self._return_to_queue(batch.reclaim())
+        if not batch.was_cut:
+            self._sizer.learn(len(batch), self._clock() - batch.created)
+
+    def _progress(self, worker: _Worker) -> None:
+        """Take what a batch has to hand in before its end."""
+        batch = worker.batch
+        if batch is not None:
+            self._settle(batch.collect())
+            self._return_to_queue(batch.reclaim())
+
+    def _blame(self, batch: Batch, error: JobError) -> None:
+        """After the death of a worker: its only job is to blame. Of several, any may be: each is run alone."""
+        batch.was_cut = True
+        self._settle(batch.collect())
+        jobs = batch.in_hand
+        if len(jobs) == 1:
+            self._settle([(jobs[0], Outcome(error=error, may_retry=True), self._clock())])
+        else:
+            self._suspects.update(job.id for job in jobs)
+            self._return_to_queue(jobs)
 
     def _fill(self, first: Job) -> list[Job]:
         size = self._sizer.next_size(len(self._queue) + 1) if self._settings.execute is None else 1
         jobs = [first]
+        if self._suspects and first.id in self._suspects:
+            size = 1
         while len(jobs) < size and (job := self._queue.pull_nowait()) is not None:
+            if self._suspects and job.id in self._suspects:
+                self._queue.put_back([job])
+                break
             jobs.append(job)
         return [job for job in jobs if job._status is JobStatus.READY]  # the others were cancelled while they waited
 
@@ -319,15 +353,17 @@ class Engine:
         if batch is None:
             return
         self._settle(batch.collect())
-        if batch.current is not None:
-            self._settle([(batch.current, Outcome(error=reason, cancelled=True), self._clock())])
-        self._return_to_queue(batch.reclaim())
+        in_hand = batch.in_hand
+        stopped = [job for job in in_hand if job.id in self._reasons or len(in_hand) == 1]
+        self._settle([(job, Outcome(error=reason, cancelled=True), self._clock()) for job in stopped])
+        self._return_to_queue(batch.reclaim() + [job for job in in_hand if job not in stopped])
 
     def _return_to_queue(self, jobs: list[Job]) -> None:
         if jobs:
             self._ledger.started(-len(jobs))
             for job in jobs:
                 self._holders.pop(job.id, None)
+                job._started, job._status = None, JobStatus.READY
             if not self._closing:  # else they were settled, or will be
                 self._queue.put_back(jobs)
 
@@ -382,14 +418,11 @@ class Engine:
 
     def _stop_everything(self, reason: JobError) -> None:
         for worker in list(self._workers):
-            batch = worker.batch
-            if batch is not None:
-                self._settle(batch.collect())
-                self._return_to_queue(batch.reclaim())
+            self._progress(worker)
         self._settle_all([key for key in self._open if key not in self._holders], reason)
         for worker in list(self._workers):
-            if worker.batch is not None and worker.batch.current is not None:
-                self._interrupt(worker, worker.batch.current, reason)
+            for job in () if worker.batch is None else worker.batch.in_hand:
+                self._interrupt(worker, job, reason)
 
     def _cancel(self, job: Job, reason: JobError) -> None:
         if job.id not in self._open:
@@ -401,7 +434,7 @@ class Engine:
         elif batch.withdraw(job):
             self._ledger.started(-1)
             self._settle_all([job.id], reason)
-        elif batch.current is job:
+        elif job in batch.in_hand:
             self._interrupt(worker, job, reason)
         else:  # this very moment it is being taken, or was finished: look again
             self._deadlines.add(self._clock() + 0.001, lambda _now: self._cancel(job, reason))
@@ -437,12 +470,17 @@ class Engine:
         jobs: list[Job] = []
         changes: list[JobChange] = []
         for job, reported, finished in ended:
+            if reported.may_retry and reported.error is not None and self._try_again(job, reported.error):
+                continue
             if self._open.pop(job.id, None) is None:
                 continue  # settled already: it was given up, and came back after all
             self._holders.pop(job.id, None)
             reason = self._reasons.pop(job.id, None) if self._reasons else None
             job._finished = finished
-            job.settle(reported if reason is None else _stopped(job, reported, reason))
+            outcome = reported if reason is None else _stopped(job, reported, reason)
+            if self._history or self._suspects:
+                outcome = self._with_history(job, outcome)
+            job.settle(outcome)
             jobs.append(job)
             changes.append(
                 JobChange(
@@ -453,6 +491,35 @@ class Engine:
             self._save(jobs, changes)
         if self._closing and not self._open:
             self._all_settled.set()
+
+    def _try_again(self, job: Job, error: JobError) -> bool:
+        """Queue a failed job once more, if it has an attempt left; after a while that doubles with each attempt."""
+        past = self._history.get(job.id, [])
+        spent = len(past) + 1 >= self._settings.max_attempts
+        if spent or self._closing or job.id in self._reasons or job.id not in self._open:
+            return False
+        self._history[job.id] = [*past, error]
+        self._holders.pop(job.id, None)
+        self._suspects.add(job.id)
+        job._started, job._status = None, JobStatus.READY
+        # Full jitter: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+        pause = random.uniform(0, min(_BACK_OFF_MOST_S, _BACK_OFF_S * 2 ** len(past)))
+        self._deadlines.add(self._clock() + pause, lambda _now: self._requeue(job))
+        return True
+
+    def _requeue(self, job: Job) -> None:
+        if job.id in self._open and job.id not in self._holders:
+            self._ledger.started(-1)
+            self._queue.put_back([job])
+            if self._missing_workers:
+                self._attention.set()
+
+    def _with_history(self, job: Job, outcome: Outcome) -> Outcome:
+        self._suspects.discard(job.id)
+        past = self._history.pop(job.id, None)
+        if past is None or outcome.error is None:
+            return outcome
+        return outcome._replace(error=outcome.error._replace(attempts=len(past) + 1, history=tuple(past)))
 
     def _save(self, jobs: list[Job], changes: list[JobChange]) -> None:
         try:

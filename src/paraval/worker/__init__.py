@@ -1,0 +1,1 @@
+"""The child side of a worker process. Light: it imports no anyio, no msgspec, no asyncio unless a job needs them."""

@@ -12,6 +12,7 @@ from paraval.job import Job
 __all__ = [
     "Args",
     "a_list",
+    "capture",
     "configuration",
     "configurations",
     "exception_types",
@@ -76,6 +77,15 @@ def seconds(name: str, value: object, *, or_zero: bool) -> float:
     if not 0 <= value < math.inf or (value == 0 and not or_zero):
         raise BadValueError(f"{name} must be a {sign} number of seconds, not {value!r}")
     return float(value)
+
+
+def capture(name: str, value: object, *, default: int) -> int | None:
+    """Take True, False or a number of bytes; give the number, or None."""
+    if isinstance(value, bool):
+        return default if value else None
+    if not isinstance(value, int) or value < 1:
+        raise BadValueError(f"{name} must be True, False or a positive number of bytes, not {value!r}")
+    return value
 
 
 def exception_types(name: str, value: object) -> tuple[type[BaseException], ...]:

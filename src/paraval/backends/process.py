@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import pickle
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Final
 
 import anyio
@@ -20,6 +14,7 @@ import anyio.to_thread
 
 from paraval import checks
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError
+from paraval.backends.child import WorkerProcess
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
@@ -30,8 +25,8 @@ from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
 __all__ = ["ProcessPoolEvaluator"]
 
-_READ: Final = 1 << 20
-_BOOTSTRAP: Final = "import sys; sys.path.insert(0, {!r}); from paraval.worker.main import main; main({}, {})"
+_CAPTURED: Final = 1 << 16
+_SUPERVISION_S: Final = 0.25
 
 
 class ProcessSlot(Slot):
@@ -48,8 +43,12 @@ class ProcessSlot(Slot):
         if not sent:
             return
         process = self._process
+        if process is not None and process.is_gone:  # it died while it had nothing to do: no job is to blame
+            await self._let_go()
+            process = None
         if process is None:
-            process = self._process = WorkerProcess(self._backend.setup(self._spec))
+            process = self._process = self._backend.start_worker(self._spec)
+        process.output()  # what was printed between jobs belongs to none
         try:
             await process.send(frame)
             while sent:
@@ -58,22 +57,43 @@ class ProcessSlot(Slot):
                 if sent:
                     batch.report()
         except OSError as exc:  # the end of the file, or a broken pipe: the worker is gone
-            self._process = None
-            raise WorkerDiedError(await process.post_mortem()) from exc
+            with anyio.CancelScope(shield=True):
+                self._forget()
+                error = await process.post_mortem()
+                self._attach_output(process, sent.values())
+            raise WorkerDiedError(error) from exc
         except BaseException:
             with anyio.CancelScope(shield=True):
-                self._process = None
+                self._forget()
                 await self._stop(process, batch, sent)
             raise
         process.jobs_done += len(batch)
         if self._backend.max_jobs_per_worker is not None and process.jobs_done >= self._backend.max_jobs_per_worker:
-            self._process = None
-            await process.retire()
+            await self._let_go()
 
     async def close(self) -> None:
-        process, self._process = self._process, None
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        process = self._process
         if process is not None:
-            await process.retire()
+            self._forget()
+            with anyio.CancelScope(shield=True):
+                await process.retire()
+
+    def _forget(self) -> None:
+        if self._process is not None:
+            self._backend.workers.discard(self._process)
+            self._process = None
+
+    @staticmethod
+    def _attach_output(process: WorkerProcess, jobs: Iterable[Job]) -> None:
+        output = process.output()
+        if output is None:
+            return
+        for job in jobs:
+            job.stdout, job.stderr = output
+            job.metadata["stdout"], job.metadata["stderr"] = output
 
     def _encode(self, batch: Batch, sent: dict[str, Job]) -> bytes:
         items: list[tuple[str, Any]] = []
@@ -94,6 +114,7 @@ class ProcessSlot(Slot):
                 for job_id, started, finished, error, value in frame[1]:
                     job = sent.get(job_id)
                     if job is not None:
+                        self._attach_output(process, (job,))
                         batch.finish_sent(job, _outcome(error, value), started, finished)
             case "back":
                 batch.give_back(*frame[1:])
@@ -105,8 +126,7 @@ class ProcessSlot(Slot):
                 now = self._spec.clock()
                 for job in list(sent.values()):
                     batch.finish_sent(job, Outcome(error=error._replace(message=message)), now, now)
-                self._process = None
-                await process.retire()
+                await self._let_go()
 
     async def _answer(self, method: str, args: tuple[Any, ...]) -> bytes:
         """Call the storage for a job."""
@@ -130,6 +150,7 @@ class ProcessSlot(Slot):
                 for reply in await process.receive():
                     await self._take(process, batch, sent, reply)
         await process.kill()
+        self._attach_output(process, sent.values())
 
 
 def _outcome(error: tuple[Any, ...] | None, value: Any) -> Outcome:
@@ -145,170 +166,6 @@ def _outcome(error: tuple[Any, ...] | None, value: Any) -> Outcome:
     return Outcome(value)
 
 
-class WorkerProcess:
-    """A running worker and the socket to it."""
-
-    def __init__(self, setup: bytes) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        lifeline = _lifeline()
-        home = str(Path(__file__).parents[2])
-        try:
-            self._popen = subprocess.Popen(  # noqa: S603 - this very interpreter, with our own arguments
-                [
-                    sys.executable,
-                    *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined] # as multiprocessing does
-                    "-c",
-                    _BOOTSTRAP.format(home, theirs.fileno(), lifeline),
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), lifeline),
-                process_group=0,
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._socket = ours
-        self._received = bytearray()
-        self._unsent_setup: bytes | None = setup
-        self.jobs_done = 0
-
-    @property
-    def pid(self) -> int:
-        """Of the worker; also its process group."""
-        return self._popen.pid
-
-    async def send(self, frame: bytes) -> None:
-        """Send a frame.
-
-        Raises:
-            OSError: the worker is gone.
-        """
-        data = b"".join((len(frame).to_bytes(8, "little"), frame)) if len(frame) < _READ else None
-        if self._unsent_setup is not None:
-            setup, self._unsent_setup = self._unsent_setup, None
-            await self.send(setup)
-        if data is None:
-            await self._write(memoryview(len(frame).to_bytes(8, "little")))
-            data = frame
-        try:
-            sent = self._socket.send(data)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(data):
-            await self._write(memoryview(data)[sent:])
-
-    async def _write(self, view: memoryview) -> None:
-        while view:
-            try:
-                view = view[self._socket.send(view) :]
-            except BlockingIOError:
-                await anyio.wait_writable(self._socket)
-
-    async def receive(self) -> list[tuple[Any, ...]]:
-        """Wait for frames; give those that are there.
-
-        Raises:
-            OSError: the worker is gone.
-        """
-        frames: list[tuple[Any, ...]] = []
-        while not frames:
-            await anyio.wait_readable(self._socket)
-            try:
-                data = self._socket.recv(_READ)
-            except BlockingIOError:
-                continue
-            if not data:
-                raise ConnectionResetError("the worker closed its socket")
-            self._received += data
-            frames = self._complete_frames()
-        return frames
-
-    def _complete_frames(self) -> list[tuple[Any, ...]]:
-        frames: list[tuple[Any, ...]] = []
-        received = self._received
-        begin = 0
-        while len(received) >= begin + 8:
-            end = begin + 8 + int.from_bytes(received[begin : begin + 8], "little")
-            if len(received) < end:
-                break
-            with memoryview(received) as view:
-                frames.append(pickle.loads(view[begin + 8 : end]))  # noqa: S301 - from our own worker
-            begin = end
-        if begin:
-            del received[:begin]
-        return frames
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the worker and all it started."""
-        if self._popen.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._popen.pid, number)
-
-    async def kill(self) -> None:
-        """End it by force, with all it started."""
-        self.signal(signal.SIGKILL)
-        self._socket.close()
-        await self._reap()
-
-    async def retire(self) -> None:
-        """Let an idle worker end by itself: it does at the end of its input."""
-        self._socket.close()
-        if not await self._reap():
-            await self.kill()
-
-    async def post_mortem(self) -> JobError:
-        """Say how a worker died; end what it started."""
-        self._socket.close()
-        if not await self._reap():
-            await self.kill()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, signal.SIGKILL)  # its children; its number is not given out while they live
-        code = self._popen.returncode
-        number = -code if code is not None and code < 0 else None
-        if number is not None:
-            try:
-                how = f"was killed by {signal.Signals(number).name}"
-            except ValueError:
-                how = f"was killed by signal {number}"
-        else:
-            how = f"ended with exit code {code}"
-        return JobError(
-            "worker_died",
-            f"the worker process {how} while it ran the job",
-            exit_code=code if number is None else None,
-            signal=number,
-            host=os.uname().nodename,
-            pid=self._popen.pid,
-        )
-
-    async def _reap(self) -> bool:
-        """Wait a moment for the process to be gone."""
-        pause = 0.0005
-        give_up = time.monotonic() + _REAP_S
-        while self._popen.poll() is None:
-            if time.monotonic() > give_up:
-                return False
-            await anyio.sleep(pause)
-            pause = min(pause * 2, 0.02)
-        return True
-
-
-_REAP_S: Final = 0.3
-
-
-@functools.cache
-def _lifeline_of(_pid: int) -> tuple[int, int]:
-    return os.pipe()
-
-
-def _lifeline() -> int:
-    """Give the end of a pipe whose other end closes when this process is gone; all workers watch the same."""
-    return _lifeline_of(os.getpid())[0]
-
-
 class ProcessBackend(Backend):
     """A worker process for each slot."""
 
@@ -320,9 +177,12 @@ class ProcessBackend(Backend):
         *,
         max_jobs_per_worker: int | None,
         initializer: Callable[[], object] | None,
+        capture: int | None,
     ) -> None:
+        self.workers: set[WorkerProcess] = set()
         self.max_jobs_per_worker = max_jobs_per_worker
-        self.batch_limit = max_jobs_per_worker
+        self._capture = capture
+        self.batch_limit = max_jobs_per_worker if capture is None else 1  # whose output is it, else?
         self._function = function
         self._is_async = is_async(function)
         try:
@@ -333,6 +193,19 @@ class ProcessBackend(Backend):
 
     def slot(self, spec: RunSpec) -> Slot:
         return ProcessSlot(spec, self)
+
+    def start_worker(self, spec: RunSpec) -> WorkerProcess:
+        """Start a worker process."""
+        worker = WorkerProcess(self.setup(spec), self._capture)
+        self.workers.add(worker)
+        return worker
+
+    async def supervise(self) -> None:
+        while True:
+            await anyio.sleep(_SUPERVISION_S)
+            for worker in self.workers:
+                if worker.is_gone:
+                    worker.notice_the_end()
 
     def setup(self, spec: RunSpec) -> bytes:
         """Give the first frame for a worker."""
@@ -366,6 +239,7 @@ class ProcessBackend(Backend):
             origin=spec.origin,
             is_async=self._is_async,
             retry_on=retry_on,
+            is_captured=self._capture is not None,
         )
         return pickle.dumps(("setup", setup), 5)
 
@@ -382,6 +256,8 @@ class ProcessPoolEvaluator(Evaluator):
     Args:
         max_jobs_per_worker: a worker is replaced after so many jobs; None: never.
         initializer: called without arguments in each new worker, before its first job.
+        capture_output: keep the tail of what a job prints, also below Python and when it crashes, on ``job.stdout``
+            and ``job.stderr`` and in the metadata: 64 KiB of each (True), or so many bytes.
 
     Raises:
         ValueError: the run-function cannot be sent to another process; the message names the object inside it.
@@ -396,8 +272,10 @@ class ProcessPoolEvaluator(Evaluator):
         *args: Any,
         max_jobs_per_worker: int | None = None,
         initializer: Callable[[], object] | None = None,
+        capture_output: bool | int = False,
         **kwargs: Any,
     ) -> None:
+        self._capture = checks.capture("capture_output", capture_output, default=_CAPTURED)
         if max_jobs_per_worker is not None:
             checks.positive_int("max_jobs_per_worker", max_jobs_per_worker)
         self._max_jobs_per_worker = max_jobs_per_worker
@@ -406,7 +284,10 @@ class ProcessPoolEvaluator(Evaluator):
 
     def _make_backend(self) -> Backend:
         backend = ProcessBackend(
-            self.run_function, max_jobs_per_worker=self._max_jobs_per_worker, initializer=self._initializer
+            self.run_function,
+            max_jobs_per_worker=self._max_jobs_per_worker,
+            initializer=self._initializer,
+            capture=self._capture,
         )
         backend.check(self._spec)
         return backend

@@ -19,6 +19,7 @@ own job only.
 from __future__ import annotations
 
 import _thread
+import faulthandler
 import os
 import pickle
 import signal
@@ -48,6 +49,7 @@ class Setup(NamedTuple):
         origin: where the evaluator's clock is zero, on the system's monotonic clock.
         is_async: whether calling the run-function gives a coroutine.
         retry_on: pickled tuple of exception types; or None.
+        is_captured: whether the parent reads what is printed, so that nothing may wait in a buffer for a crash.
     """
 
     path: list[str]
@@ -57,6 +59,7 @@ class Setup(NamedTuple):
     origin: float
     is_async: bool
     retry_on: bytes | None
+    is_captured: bool
 
 
 class Sealed(NamedTuple):
@@ -156,6 +159,10 @@ class Worker:
     def _set_up(self, setup: Setup) -> None:
         sys.path[:] = setup.path
         sys.argv[:] = setup.argv
+        if setup.is_captured:
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(line_buffering=True)  # type: ignore[union-attr] # they are the interpreter's own
+            faulthandler.enable()  # a crash shows where it was
         self._origin = setup.origin
         self._is_async = setup.is_async
         self._function, self._kwargs, self._stopper = pickle.loads(setup.function)  # noqa: S301 - from our own parent

@@ -1,0 +1,285 @@
+"""One worker process, as its parent sees it: the socket, the signals, the output, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any, Final
+
+import anyio
+
+from paraval.outcome import JobError
+
+__all__ = ["WorkerProcess"]
+
+_READ: Final = 1 << 20
+_REAP_S: Final = 0.3
+_BOOTSTRAP: Final = "import sys; sys.path.insert(0, {!r}); from paraval.worker.main import main; main({}, {})"
+
+
+class WorkerProcess:
+    """A running worker and the socket to it.
+
+    Args:
+        setup: the first frame, sent with the first jobs.
+        capture: how many bytes of its stdout and stderr to keep, from the end; None: they go where ours go.
+    """
+
+    def __init__(self, setup: bytes, capture: int | None = None) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        pipe = None if capture is None else subprocess.PIPE
+        lifeline = _lifeline()
+        home = str(Path(__file__).parents[2])
+        try:
+            self._popen = subprocess.Popen(  # noqa: S603 - this very interpreter, with our own arguments
+                [
+                    sys.executable,
+                    *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined] # as multiprocessing does
+                    "-c",
+                    _BOOTSTRAP.format(home, theirs.fileno(), lifeline),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+                pass_fds=(theirs.fileno(), lifeline),
+                process_group=0,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._socket = ours
+        self._received = bytearray()
+        self._tails = [
+            _Tail(stream, capture) for stream in (self._popen.stdout, self._popen.stderr) if capture and stream
+        ]
+        # A selector is itself a descriptor that can be waited for: one wait for socket and output.
+        self._selector = selectors.DefaultSelector() if self._tails else None
+        if self._selector is not None:
+            for source in (ours, *self._tails):
+                self._selector.register(source, selectors.EVENT_READ)
+        self._unsent_setup: bytes | None = setup
+        self.jobs_done = 0
+
+    @property
+    def pid(self) -> int:
+        """Of the worker; also its process group."""
+        return self._popen.pid
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame.
+
+        Raises:
+            OSError: the worker is gone.
+        """
+        data = b"".join((len(frame).to_bytes(8, "little"), frame)) if len(frame) < _READ else None
+        if self._unsent_setup is not None:
+            setup, self._unsent_setup = self._unsent_setup, None
+            await self.send(setup)
+        if data is None:
+            await self._write(memoryview(len(frame).to_bytes(8, "little")))
+            data = frame
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            await self._write(memoryview(data)[sent:])
+
+    async def _write(self, view: memoryview) -> None:
+        while view:
+            try:
+                view = view[self._socket.send(view) :]
+            except BlockingIOError:
+                await anyio.wait_writable(self._socket)
+
+    async def receive(self) -> list[tuple[Any, ...]]:
+        """Wait for frames; give those that are there.
+
+        Raises:
+            OSError: the worker is gone.
+        """
+        frames: list[tuple[Any, ...]] = []
+        while not frames:
+            if self._selector is None:
+                await anyio.wait_readable(self._socket)
+            else:
+                await anyio.wait_readable(self._selector)  # type: ignore[arg-type] # it has a fileno, as a socket has
+                self._drain()
+            try:
+                data = self._socket.recv(_READ)
+            except BlockingIOError:
+                continue
+            if not data:
+                raise ConnectionResetError("the worker closed its socket")
+            self._received += data
+            frames = self._complete_frames()
+        return frames
+
+    def _complete_frames(self) -> list[tuple[Any, ...]]:
+        frames: list[tuple[Any, ...]] = []
+        received = self._received
+        begin = 0
+        while len(received) >= begin + 8:
+            end = begin + 8 + int.from_bytes(received[begin : begin + 8], "little")
+            if len(received) < end:
+                break
+            with memoryview(received) as view:
+                frames.append(pickle.loads(view[begin + 8 : end]))  # noqa: S301 - from our own worker
+            begin = end
+        if begin:
+            del received[:begin]
+        return frames
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended."""
+        return self._popen.poll() is not None
+
+    def notice_the_end(self) -> None:
+        """Have whoever waits in :meth:`receive` notice that the process has ended.
+
+        The end of its socket tells as a rule; but a process that it forked may hold that open.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def output(self) -> tuple[str, str] | None:
+        """Give and forget the tails of stdout and stderr so far; None when they are not captured."""
+        if not self._tails:
+            return None
+        self._drain()
+        stdout, stderr = (tail.take() for tail in self._tails)
+        return stdout, stderr
+
+    def _drain(self) -> None:
+        for tail in self._tails:
+            if not tail.drain() and self._selector is not None:
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(tail)
+
+    def _close(self) -> None:
+        if self._selector is not None:
+            self._selector.close()
+            self._selector = None
+        self._socket.close()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the worker and all it started."""
+        if self._popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._popen.pid, number)
+
+    async def kill(self) -> None:
+        """End it by force, with all it started."""
+        self.signal(signal.SIGKILL)
+        self._close()
+        await self._reap()
+        self._end_output()
+
+    async def retire(self) -> None:
+        """Let an idle worker end by itself: it does at the end of its input."""
+        self._close()
+        if not await self._reap():
+            await self.kill()
+        self._end_output()
+
+    def _end_output(self) -> None:
+        """Take what is left of the output. What is still written to it has no reader."""
+        for tail in self._tails:
+            tail.drain()
+            tail.close()
+
+    async def post_mortem(self) -> JobError:
+        """Say how a worker died; end what it started."""
+        self._close()
+        if not await self._reap():
+            await self.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)  # its children; its number is not given out while they live
+        self._end_output()
+        code = self._popen.returncode
+        number = -code if code is not None and code < 0 else None
+        if number is not None:
+            try:
+                how = f"was killed by {signal.Signals(number).name}"
+            except ValueError:
+                how = f"was killed by signal {number}"
+        else:
+            how = f"ended with exit code {code}"
+        return JobError(
+            "worker_died",
+            f"the worker process {how} while it ran the job",
+            exit_code=code if number is None else None,
+            signal=number,
+            host=os.uname().nodename,
+            pid=self._popen.pid,
+        )
+
+    async def _reap(self) -> bool:
+        """Wait a moment for the process to be gone."""
+        pause = 0.0005
+        give_up = time.monotonic() + _REAP_S
+        while self._popen.poll() is None:
+            if time.monotonic() > give_up:
+                return False
+            await anyio.sleep(pause)
+            pause = min(pause * 2, 0.02)
+        return True
+
+
+class _Tail:
+    """The last bytes of a stream."""
+
+    def __init__(self, stream: IO[bytes], limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._bytes = bytearray()
+        os.set_blocking(stream.fileno(), False)
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def drain(self) -> bool:
+        """Read what is there; False at the end of the stream."""
+        if self._stream.closed:
+            return False
+        while True:
+            try:
+                data = os.read(self._stream.fileno(), 1 << 16)
+            except BlockingIOError:
+                return True
+            if not data:
+                return False
+            self._bytes += data
+            if len(self._bytes) > 2 * self._limit:
+                del self._bytes[: -self._limit]
+
+    def take(self) -> str:
+        text = self._bytes[-self._limit :].decode("utf-8", "replace")
+        self._bytes.clear()
+        return text
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+@functools.cache
+def _lifeline_of(_pid: int) -> tuple[int, int]:
+    return os.pipe()
+
+
+def _lifeline() -> int:
+    """Give the end of a pipe whose other end closes when this process is gone; all workers watch the same."""
+    return _lifeline_of(os.getpid())[0]

@@ -67,7 +67,7 @@ class WorkerProcess:
         # A selector is itself a descriptor that can be waited for: one wait for socket and output.
         self._selector = selectors.DefaultSelector() if self._tails else None
         if self._selector is not None:
-            for source in (ours, *self._tails):
+            for source in (ours.fileno(), *(tail.fileno() for tail in self._tails)):
                 self._selector.register(source, selectors.EVENT_READ)
         self._unsent_setup: bytes | None = setup
         self.jobs_done = 0
@@ -115,7 +115,7 @@ class WorkerProcess:
             if self._selector is None:
                 await anyio.wait_readable(self._socket)
             else:
-                await anyio.wait_readable(self._selector)  # type: ignore[arg-type] # it has a fileno, as a socket has
+                await anyio.wait_readable(self._selector)
                 self._drain()
             try:
                 data = self._socket.recv(_READ)
@@ -167,7 +167,7 @@ class WorkerProcess:
         for tail in self._tails:
             if not tail.drain() and self._selector is not None:
                 with contextlib.suppress(KeyError):
-                    self._selector.unregister(tail)
+                    self._selector.unregister(tail.fileno())
 
     def _close(self) -> None:
         if self._selector is not None:
@@ -276,10 +276,16 @@ class _Tail:
 
 
 @functools.cache
-def _lifeline_of(_pid: int) -> tuple[int, int]:
-    return os.pipe()
-
-
 def _lifeline() -> int:
     """Give the end of a pipe whose other end closes when this process is gone; all workers watch the same."""
-    return _lifeline_of(os.getpid())[0]
+    watched, held = os.pipe()
+
+    def let_go_in_a_fork() -> None:
+        # Or the workers would live for as long as a process that this one forked.
+        with contextlib.suppress(OSError):
+            os.close(watched)
+            os.close(held)
+        _lifeline.cache_clear()
+
+    os.register_at_fork(after_in_child=let_go_in_a_fork)
+    return watched

@@ -7,7 +7,6 @@ to a job becomes an outcome, and every outcome is settled in :meth:`Engine._sett
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -24,15 +23,14 @@ from paraval.engine.deadlines import Deadlines
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
 from paraval.engine.queue import JobQueue
-from paraval.errors import EvaluatorClosedError, StorageError
+from paraval.engine.recorder import Recorder
+from paraval.errors import EvaluatorClosedError
 from paraval.job import Job, JobStatus
 from paraval.loops import Doorbell, Loop
 from paraval.outcome import JobError, Outcome, error_from_exception
-from paraval.storage import JobChange, Storage
+from paraval.storage import Storage
 
 __all__ = ["Engine", "EngineSettings"]
-
-_logger = logging.getLogger("paraval")
 
 _MARGIN_S: Final = 0.4
 """How long after the grace a job may take to be seen ended before it is given up."""
@@ -105,12 +103,10 @@ class Engine:
         self._history: dict[str, list[JobError]] = {}
         # Jobs whose worker died while it had several: each is run alone now, so that blame is exact.
         self._suspects: set[str] = set()
-        self._unsaved: list[tuple[list[Job], list[JobChange]]] = []
+        self._recorder = Recorder(settings.storage, settings.notifier, settings.ledger)
         self._attention = anyio.Event()
         self._stopping = False
         self._all_settled = anyio.Event()
-        self._closing = False
-        self._given_back: list[Job] = []
         self.ended = False
 
     # -- from any thread -----------------------------------------------------------------------------------------------
@@ -157,13 +153,13 @@ class Engine:
 
     def give_up(self) -> None:
         """Settle what is left, from another thread, when the loop does not answer any more."""
-        self._closing = True
+        self._recorder.closing = True
         self._settle_all(self._open, JobError("cancelled", "the evaluator was closed; the job did not stop"))
 
     @property
     def given_back(self) -> list[Job]:
         """The jobs that were cancelled by the stop."""
-        return self._given_back
+        return self._recorder.given_back
 
     # -- the life of the engine ----------------------------------------------------------------------------------------
 
@@ -180,7 +176,7 @@ class Engine:
                 await self._wind_up()
                 group.cancel_scope.cancel()
         except BaseException as exc:
-            if not self._closing:
+            if not self._recorder.closing:
                 error = EvaluatorClosedError("the event loop or the task that runs the jobs ended under the evaluator")
                 error.__cause__ = exc
                 self._ledger.fail(error)
@@ -188,12 +184,12 @@ class Engine:
         finally:
             self._doorbell.close()
             self._settle_all(self._open, JobError("cancelled", "the evaluator's event loop ended"))
-            self._save_the_unsaved()
+            self._recorder.last_try()
             self.ended = True
             self._ledger.look_again()
 
     async def _wind_up(self) -> None:
-        self._closing = True
+        self._recorder.closing = True
         reason = JobError("cancelled", "the evaluator was closed")
         self._stop_everything(reason)
         with anyio.move_on_after(self._spec.kill_grace + _MARGIN_S):
@@ -336,16 +332,8 @@ class Engine:
         self._ledger.started(len(jobs))
         for job in jobs:
             self._holders[job.id] = worker
-        return len(jobs) > 1 or self._record_running(jobs[0])
-
-    def _record_running(self, job: Job) -> bool:
-        """Store that a job runs. The tiny jobs of a batch are spared it, unless one turns out not to be tiny."""
-        try:
-            self._settings.storage.update([JobChange(job.id, status=JobStatus.RUNNING.value)])
-        except Exception as exc:  # noqa: BLE001 - a store may raise anything
-            self._storage_failed(exc)
-            return False
-        return True
+        # The tiny jobs of a batch are spared the write, unless one turns out not to be tiny.
+        return len(jobs) > 1 or self._recorder.note_running(jobs[0])
 
     def _clean_up(self, worker: _Worker, reason: JobError) -> None:
         """After an interrupted batch: settle its current job, give the others back."""
@@ -364,7 +352,7 @@ class Engine:
             for job in jobs:
                 self._holders.pop(job.id, None)
                 job._started, job._status = None, JobStatus.READY
-            if not self._closing:  # else they were settled, or will be
+            if not self._recorder.closing:  # else they were settled, or will be
                 self._queue.put_back(jobs)
 
     # -- time and cancellation -----------------------------------------------------------------------------------------
@@ -387,7 +375,7 @@ class Engine:
             self._settle(batch.collect())
             self._return_to_queue(batch.reclaim())
             if batch.current is not None and len(batch) > 1:
-                self._record_running(batch.current)
+                self._recorder.note_running(batch.current)
         job, limit = batch.current, self._settings.job_timeout
         if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
             self._interrupt(worker, job, JobError("timeout", f"the job ran longer than job_timeout={limit:g} s"))
@@ -468,7 +456,6 @@ class Engine:
     def _settle(self, ended: Sequence[Ended]) -> None:
         """Give each job its one terminal record: on the job, in the storage, then to whoever waits for it."""
         jobs: list[Job] = []
-        changes: list[JobChange] = []
         for job, reported, finished in ended:
             if reported.may_retry and reported.error is not None and self._try_again(job, reported.error):
                 continue
@@ -482,21 +469,16 @@ class Engine:
                 outcome = self._with_history(job, outcome)
             job.settle(outcome)
             jobs.append(job)
-            changes.append(
-                JobChange(
-                    job.id, status=job._status.value, out=job.stored_output, error=job.error, metadata=job.metadata
-                )
-            )
         if jobs:
-            self._save(jobs, changes)
-        if self._closing and not self._open:
+            self._recorder.record(jobs)
+        if self._recorder.closing and not self._open:
             self._all_settled.set()
 
     def _try_again(self, job: Job, error: JobError) -> bool:
         """Queue a failed job once more, if it has an attempt left; after a while that doubles with each attempt."""
         past = self._history.get(job.id, [])
         spent = len(past) + 1 >= self._settings.max_attempts
-        if spent or self._closing or job.id in self._reasons or job.id not in self._open:
+        if spent or self._recorder.closing or job.id in self._reasons or job.id not in self._open:
             return False
         self._history[job.id] = [*past, error]
         self._holders.pop(job.id, None)
@@ -521,45 +503,12 @@ class Engine:
             return outcome
         return outcome._replace(error=outcome.error._replace(attempts=len(past) + 1, history=tuple(past)))
 
-    def _save(self, jobs: list[Job], changes: list[JobChange]) -> None:
-        try:
-            self._settings.storage.update(changes)
-        except Exception as exc:  # noqa: BLE001 - a store may raise anything
-            self._unsaved.append((jobs, changes))
-            self._storage_failed(exc)
-            return
-        if self._settings.notifier.callbacks:
-            for job in jobs:
-                self._settings.notifier.call("on_done", job)
-        if self._closing:
-            stopped = [job for job in jobs if job._status is JobStatus.CANCELLED]
-            self._given_back += [job for job in stopped if not self._ledger.is_private(job)]
-            self._ledger.deliver(stopped, mail=False)
-            jobs = [job for job in jobs if job._status is not JobStatus.CANCELLED]
-        self._ledger.deliver(jobs)
-
     def _broken(self, exc: BaseException) -> None:
         """A call from another thread failed: that is a defect of ours, and whoever waits must hear of it."""
         error = EvaluatorClosedError(f"the engine failed: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
         self._ledger.fail(error)
         self._begin_stop()
-
-    def _storage_failed(self, exc: Exception) -> None:
-        """Stop clearly: what could not be saved is not shown as done."""
-        _logger.error("the storage failed, so no result can be acknowledged", exc_info=exc)
-        error = StorageError(f"the storage failed, so no result can be acknowledged: {type(exc).__name__}: {exc}")
-        error.__cause__ = exc
-        self._ledger.fail(error)
-
-    def _save_the_unsaved(self) -> None:
-        """At the end: a last try for the outcomes that the storage had refused."""
-        unsaved, self._unsaved = self._unsaved, []
-        for jobs, changes in unsaved:
-            self._save(jobs, changes)
-        for jobs, _ in self._unsaved:
-            _logger.error("never saved: %s", ", ".join(job.id for job in jobs))
-            self._ledger.deliver(jobs, mail=False)
 
 
 _OUT_OF_BUDGET: Final = JobError("timeout", "the evaluator's timeout ran out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import pickle
 import selectors
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, ClassVar, Final
 
 import anyio
 
@@ -38,7 +37,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         pipe = None if capture is None else subprocess.PIPE
-        lifeline = _lifeline()
+        self._lifeline = lifeline = _Lifeline()
         home = str(Path(__file__).parents[2])
         try:
             self._popen = subprocess.Popen(  # noqa: S603 - this very interpreter, with our own arguments
@@ -46,19 +45,21 @@ class WorkerProcess:
                     sys.executable,
                     *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined] # as multiprocessing does
                     "-c",
-                    _BOOTSTRAP.format(home, theirs.fileno(), lifeline),
+                    _BOOTSTRAP.format(home, theirs.fileno(), lifeline.watched),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=pipe,
                 stderr=pipe,
-                pass_fds=(theirs.fileno(), lifeline),
+                pass_fds=(theirs.fileno(), lifeline.watched),
                 process_group=0,
             )
         except BaseException:
             ours.close()
+            lifeline.close()
             raise
         finally:
             theirs.close()
+            lifeline.close_watched()
         self._socket = ours
         self._received = bytearray()
         self._tails = [
@@ -186,17 +187,18 @@ class WorkerProcess:
         self.signal(signal.SIGKILL)
         self._close()
         await self._reap()
-        self._end_output()
+        self._finish()
 
     async def retire(self) -> None:
         """Let an idle worker end by itself: it does at the end of its input."""
         self._close()
         if not await self._reap():
             await self.kill()
-        self._end_output()
+        self._finish()
 
-    def _end_output(self) -> None:
-        """Take what is left of the output. What is still written to it has no reader."""
+    def _finish(self) -> None:
+        """The process is gone: take what is left of its output. What its children still write has no reader."""
+        self._lifeline.close()
         for tail in self._tails:
             tail.drain()
             tail.close()
@@ -208,7 +210,7 @@ class WorkerProcess:
             await self.kill()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)  # its children; its number is not given out while they live
-        self._end_output()
+        self._finish()
         code = self._popen.returncode
         number = -code if code is not None and code < 0 else None
         if number is not None:
@@ -275,17 +277,36 @@ class _Tail:
         self._stream.close()
 
 
-@functools.cache
-def _lifeline() -> int:
-    """Give the end of a pipe whose other end closes when this process is gone; all workers watch the same."""
-    watched, held = os.pipe()
+class _Lifeline:
+    """A pipe whose end is held here and never written to; its other end tells a worker when this process is gone.
 
-    def let_go_in_a_fork() -> None:
+    Each worker has one of its own: whom the kernel tells is a property of the open pipe, not of who watches it.
+    """
+
+    _held: ClassVar[set[int]] = set()
+
+    def __init__(self) -> None:
+        self.watched, self._end = os.pipe()
+        self._held.add(self._end)
+
+    def close_watched(self) -> None:
+        """Close the worker's end, which it has by now."""
+        os.close(self.watched)
+
+    def close(self) -> None:
+        """Let go. A worker that still lives is killed by it."""
+        if self._end in self._held:
+            self._held.discard(self._end)
+            os.close(self._end)
+
+    @classmethod
+    def close_all_in_a_fork(cls) -> None:
         # Or the workers would live for as long as a process that this one forked.
-        with contextlib.suppress(OSError):
-            os.close(watched)
-            os.close(held)
-        _lifeline.cache_clear()
+        for end in cls._held:
+            with contextlib.suppress(OSError):
+                os.close(end)
+        cls._held.clear()
 
-    os.register_at_fork(after_in_child=let_go_in_a_fork)
-    return watched
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Lifeline.close_all_in_a_fork)

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from paraval.backends.executor import ExecutorEvaluator as ExecutorEvaluator
+    from paraval.backends.loky import LokyEvaluator as LokyEvaluator
     from paraval.backends.serial import SerialEvaluator as SerialEvaluator
     from paraval.backends.thread import ThreadPoolEvaluator as ThreadPoolEvaluator
     from paraval.engine.ledger import Statistics as Statistics
@@ -24,10 +26,14 @@ if TYPE_CHECKING:
     from paraval.job import JobTiming as JobTiming
     from paraval.job import RunningJob as RunningJob
     from paraval.outcome import JobError as JobError
+    from paraval.profiling import profile as profile
+    from paraval.utils import parse_subprocess_result as parse_subprocess_result
+    from paraval.utils import to_json as to_json
 
 _MODULES: Final = {
     "Evaluator": "paraval.evaluator",
     "EvaluatorClosedError": "paraval.errors",
+    "ExecutorEvaluator": "paraval.backends.executor",
     "HPOJob": "paraval.job",
     "Job": "paraval.job",
     "JobError": "paraval.outcome",
@@ -35,14 +41,18 @@ _MODULES: Final = {
     "JobStatus": "paraval.job",
     "JobTiming": "paraval.job",
     "JobsFailedError": "paraval.errors",
+    "LokyEvaluator": "paraval.backends.loky",
     "MaximumJobsSpawnReached": "paraval.errors",
     "ParavalError": "paraval.errors",
     "RunningJob": "paraval.job",
     "SerialEvaluator": "paraval.backends.serial",
     "Statistics": "paraval.engine.ledger",
     "ThreadPoolEvaluator": "paraval.backends.thread",
+    "parse_subprocess_result": "paraval.utils",
+    "profile": "paraval.profiling",
+    "to_json": "paraval.utils",
 }
-_SUBMODULES: Final = ("callback", "errors", "storage")
+_SUBMODULES: Final = ("callback", "errors", "storage", "utils")
 
 __all__ = [*_MODULES, *_SUBMODULES, "__version__"]  # noqa: PLE0604 - the names of the table above
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import atexit
 import contextlib
+import functools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from paraval.errors import (
     WrongTypeError,
 )
 from paraval.job import Job, JobContext, JobStatus
+from paraval.loops import Loop
 from paraval.outcome import FAILURE, Outcome
 from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage
 
@@ -161,7 +163,7 @@ class Evaluator(abc.ABC):
             max_attempts=checks.positive_int("max_attempts", max_attempts),
             execute=self.execute if overridden else None,
         )
-        self._life = Lifecycle(lambda: Engine(settings), self._ledger, self._spec.kill_grace)
+        self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, self._spec.kill_grace)
 
         self._owner = uuid.uuid4().hex
         self._context = JobContext()
@@ -227,8 +229,8 @@ class Evaluator(abc.ABC):
         """Start jobs as :meth:`submit` does; where ``max_pending`` asks for it, wait without blocking the loop."""
         self._life.refuse_after_fork()
         waiting = checks.configurations(args_list)
-        await self._life.wait_until_closed()
         while waiting:
+            await self._life.wait_until_closed()
             room = self._ledger.reserve(len(waiting), self._max_pending)
             if room:
                 self._launch(waiting[:room])
@@ -334,25 +336,34 @@ class Evaluator(abc.ABC):
                 await self._note_gathered_async(jobs)
                 return self._raise_failures(jobs)
 
-    async def as_completed(self) -> AsyncIterator[Job]:
+    def as_completed(self) -> AsyncIterator[Job]:
         """Give jobs one by one as they end, until nothing is in flight; those not taken stay to be gathered."""
+        self._life.refuse_after_fork()
+        return _Completed(self)
+
+    async def _next_completed(self) -> Job | None:
         ready = self._ledger.when_batch_done(1)
         while True:
             await self._ledger.wait_async(ready)
             jobs = self._ledger.take(ready, limit=1)
             if jobs == []:
-                return
-            if jobs is not None:
+                return None
+            if jobs is not None:  # else another task or thread was quicker
                 await self._note_gathered_async(jobs)
-                yield self._raise_failures(jobs)[0]
+                return self._raise_failures(jobs)[0]
 
     async def _note_gathered_async(self, jobs: list[Job]) -> None:
-        if self._callbacks:
+        fresh = self._stamp_gathered(jobs)
+        if not self._callbacks:
+            self._tell_gathered(fresh)
+            return
+        try:
             # A callback may write to a disk: not on the caller's loop.
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._note_gathered, jobs)
-        else:
-            self._note_gathered(jobs)
+                await anyio.to_thread.run_sync(self._tell_gathered, fresh)
+        except BaseException:  # asyncio's own task.cancel() goes through any shield; the thread goes on
+            self._ledger.put_back(jobs)
+            raise
 
     def _gather_condition(self, type_: str, size: int) -> Callable[[], bool]:
         if type_ == "ALL":
@@ -370,22 +381,26 @@ class Evaluator(abc.ABC):
         return self._ledger.when_batch_done(size)
 
     def _note_gathered(self, jobs: list[Job]) -> None:
+        self._tell_gathered(self._stamp_gathered(jobs))
+
+    def _stamp_gathered(self, jobs: list[Job]) -> list[Job]:
+        """Note the time; give the jobs that are gathered for the first time (close() may have shown some already)."""
         now = self._clock()
-        fresh = jobs
-        for job in jobs:
-            if job._gathered is None:
-                job._gathered = now
-                job.metadata["timestamp_gather"] = now
-            elif fresh is jobs:  # rare: close() has shown them to the callbacks
-                fresh = [job for job in jobs if job._gathered is None or job._gathered == now]
-        if not self._storage.by_reference:
-            self._storage.update([JobChange(job.id, metadata={"timestamp_gather": now}) for job in fresh])
-        if self._callbacks:
-            self._notifier.call("on_gather", fresh, [])
+        fresh = [job for job in jobs if job._gathered is None]
+        for job in fresh:
+            job._gathered = now
+            job.metadata["timestamp_gather"] = now
         with self._counting:
             self._num_gathered += len(fresh)
         self.job_id_gathered += [job.id for job in fresh]
         self._undumped += fresh
+        return fresh
+
+    def _tell_gathered(self, fresh: list[Job]) -> None:
+        if not self._storage.by_reference:
+            self._storage.update([JobChange(job.id, metadata={"timestamp_gather": job._gathered}) for job in fresh])
+        if self._callbacks:
+            self._notifier.call("on_gather", fresh, [])
 
     def _raise_failures(self, jobs: list[Job]) -> list[Job]:
         if self._on_error == "raise":
@@ -415,7 +430,7 @@ class Evaluator(abc.ABC):
         """Run one job and wait for it; cancelling the waiting task cancels or kills the job, and waits for that."""
         self._life.refuse_after_fork()
         await self._life.wait_until_closed()
-        ended = anyio.Event()
+        ended = Loop.running().event()
         (job,) = self._launch_private(args, waker(ended))
         try:
             await ended.wait()
@@ -708,6 +723,22 @@ class Evaluator(abc.ABC):
         self._undumped = []
         self._csv = csv
         csv.write()
+
+
+class _Completed(AsyncIterator[Job]):
+    """Jobs as they end. No generator: one that is left early would have to be closed, and awaited for that."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+
+    async def __anext__(self) -> Job:
+        job = await self._evaluator._next_completed()
+        if job is None:
+            raise StopAsyncIteration
+        return job
+
+    async def aclose(self) -> None:
+        """Do nothing: there is nothing to close, but ``contextlib.aclosing`` may be used on it."""
 
 
 _alive: weakref.WeakSet[Evaluator] = weakref.WeakSet()

@@ -6,6 +6,7 @@ A child process imports this module, so it is light: no anyio, no NumPy, no msgs
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, MutableMapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,12 +60,30 @@ class JobTiming(NamedTuple):
 
 
 class JobContext:
-    """What surrounds the jobs of one evaluator; ``job.context.search`` is the search that uses it, if any."""
+    """What surrounds the jobs of one evaluator, in the process where it is used.
 
-    __slots__ = ("search",)
+    Attributes:
+        search: the search that uses the evaluator, if any.
+        origin: where the evaluator's clock is zero, on ``time.monotonic()``.
+        kill_grace: seconds between asking a job to stop and the strongest means.
+        memory_limit: in a worker process that runs one job at a time: the bytes at which its parent kills it, infinity
+            for never. None where a job has no process of its own.
+    """
 
-    def __init__(self, search: Any = None) -> None:
+    __slots__ = ("kill_grace", "memory_limit", "origin", "search")
+
+    def __init__(
+        self,
+        search: Any = None,
+        *,
+        origin: float = 0.0,
+        kill_grace: float = 1.0,
+        memory_limit: float | None = None,
+    ) -> None:
         self.search = search
+        self.origin = origin
+        self.kill_grace = kill_grace
+        self.memory_limit = memory_limit
 
 
 class Job:
@@ -318,6 +337,15 @@ class RunningJob(MutableMapping[str, Any]):
         if self._live is not None:
             return self._live._status
         return JobStatus(self.storage.load_job_status(str(self.id)))
+
+    @property
+    def context(self) -> JobContext:
+        """What surrounds the jobs of the evaluator; a default one where a run-function is called by hand."""
+        return _NO_CONTEXT if self._live is None else self._live.context
+
+    def clock(self) -> float:
+        """Give the seconds since the evaluator was created; called by hand, those of ``time.monotonic()``."""
+        return time.monotonic() - self.context.origin
 
     def record(self, budget: float, objective: float) -> None:
         """Report an intermediate result; it is stored, and the stopper (if any) observes it.

@@ -1,46 +1,95 @@
 """Reaching an event loop from another thread, on asyncio and trio alike.
 
-anyio's own way (a portal) costs over 100 µs a call; this is one call of the loop's native function.
+anyio's own way (a portal) costs over 100 µs a call; this is one call of the loop's native function, and calls that come
+before the loop has woken share it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from anyio.lowlevel import current_token
 
 from paraval.errors import EvaluatorClosedError
 
-__all__ = ["Doorbell", "Loop"]
+__all__ = ["Doorbell", "Event", "Loop"]
+
+_logger = logging.getLogger("paraval")
+
+_Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+class Event(Protocol):
+    """What tasks of one loop wait for."""
+
+    def set(self) -> object:
+        """Let everyone through. To be called on the loop."""
+
+    def is_set(self) -> bool:
+        """Whether waiting is over."""
+
+    async def wait(self) -> object:
+        """Wait until it is set."""
 
 
 class Loop:
-    """A running event loop, as another thread sees it."""
+    """A running event loop, as another thread sees it; made by :meth:`running`."""
 
-    __slots__ = ("_native", "_schedule", "is_asyncio", "thread_id")
+    __slots__ = ("_calls", "_native", "_rung", "_schedule", "is_asyncio", "thread_id")
 
     def __init__(self, native: Any, *, is_asyncio: bool) -> None:
         self._native = native
         self.is_asyncio = is_asyncio
         self._schedule: Callable[..., Any] = native.call_soon_threadsafe if is_asyncio else native.run_sync_soon
+        self._calls: deque[_Call] = deque()
+        self._rung = False
         self.thread_id = threading.get_ident()
 
     @classmethod
     def running(cls) -> Loop:
-        """Give the loop that runs in this thread."""
+        """Give the loop that runs in this thread: always the same object while it is the same loop."""
         token = current_token()
-        return cls(token.native_token, is_asyncio="asyncio" in token.backend_class.__module__)
+        last: Loop | None = getattr(_here, "loop", None)
+        if last is None or last._native is not token.native_token:
+            last = _here.loop = cls(token.native_token, is_asyncio="asyncio" in token.backend_class.__module__)
+        return last
 
     def call_soon(self, function: Callable[..., Any], *args: Any) -> bool:
-        """Call the function on the loop, soon; False when the loop is gone."""
-        try:
-            self._schedule(function, *args)
-        except RuntimeError:  # asyncio: the loop is closed; trio: RunFinishedError
-            return False
+        """Call the function on the loop, soon, in the order of the calls; False when the loop is gone."""
+        # Append first, look second: _answer lowers the flag before it empties the deque, so whoever sees the flag up
+        # has appended in time, and whoever sees it down rings. Two rings at once are harmless.
+        self._calls.append((function, args))
+        if not self._rung:
+            self._rung = True
+            try:
+                self._schedule(self._answer)
+            except RuntimeError:  # asyncio: the loop is closed; trio: RunFinishedError
+                self._rung = False  # so that the next one hears of it too
+                return False
         return True
+
+    def _answer(self) -> None:
+        self._rung = False
+        calls = self._calls
+        while calls:
+            function, args = calls.popleft()
+            try:
+                function(*args)
+            except Exception:  # no loop has anyone to raise it to, and trio would even crash
+                _logger.exception("a call to the event loop failed: %r", function)
+
+    def event(self) -> Event:
+        """Make an event of this loop: its native one, as anyio's finds out anew each time what loop it is on."""
+        if self.is_asyncio:
+            return asyncio.Event()
+        import trio  # here: it is an extra, and it is imported already when it runs
+
+        return trio.Event()
 
     @property
     def is_running(self) -> bool:
@@ -53,57 +102,50 @@ class Loop:
         return threading.get_ident() == self.thread_id
 
 
+_here = threading.local()
+
+
 class Doorbell:
-    """Calls from any thread, carried out in order on one loop; many calls may share one wake-up of the loop.
+    """Calls from any thread, carried out in order on one loop, until it is closed.
 
     Args:
+        loop: where they are carried out.
         on_error: told when a call raises.
     """
 
-    __slots__ = ("_calls", "_closed", "_on_error", "_rung", "loop")
+    __slots__ = ("_calls", "_closed", "_on_error", "loop")
 
-    def __init__(self, on_error: Callable[[BaseException], object]) -> None:
+    def __init__(self, loop: Loop, on_error: Callable[[BaseException], object]) -> None:
         self._on_error = on_error
-        self.loop = Loop.running()
+        self.loop = loop
         self._closed = False
-        self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._rung = False
+        self._calls: deque[_Call] = deque()
 
     def ring(self, function: Callable[..., Any], *args: Any) -> None:
         """Have the function called on the loop.
 
         Raises:
-            EvaluatorClosedError: the loop is gone.
+            EvaluatorClosedError: the loop is gone, or the doorbell is closed.
         """
-        # Append first, look second: _answer lowers the flag before it empties the deque, so whoever sees the flag up
-        # has appended in time, and whoever sees it down rings. Two rings at once are harmless.
         call = (function, args)
-        self._calls.append(call)
-        if self._closed:
-            self._take_back(call)
-        elif not self._rung:
-            self._rung = True
-            if not self.loop.call_soon(self._answer):
-                self._take_back(call)
+        self._calls.append(call)  # before the look at _closed: close() carries out what it finds
+        if self._closed or not self.loop.call_soon(self._answer):
+            try:
+                self._calls.remove(call)
+            except ValueError:  # close() still carried it out
+                return
+            raise EvaluatorClosedError("the event loop that runs the jobs is gone: it was closed or has ended")
 
     def close(self) -> None:
-        """Carry out what was asked so far; refuse what comes later. On the loop."""
+        """Carry out what was asked so far; refuse what comes later. To be called on the loop."""
         self._closed = True
         self._answer()
 
-    def _take_back(self, call: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
-        try:
-            self._calls.remove(call)
-        except ValueError:  # close() still carried it out
-            return
-        raise EvaluatorClosedError("the event loop that runs the jobs is gone: it was closed or has ended")
-
     def _answer(self) -> None:
-        self._rung = False
         calls = self._calls
         while calls:
             function, args = calls.popleft()
             try:
                 function(*args)
-            except Exception as exc:  # noqa: BLE001 - no loop has anyone to raise it to; trio would even crash
+            except Exception as exc:  # noqa: BLE001 - whoever waits for the outcome must hear of it
                 self._on_error(exc)

@@ -82,6 +82,8 @@ _BUILT_IN: Final = {
     "serial": _BuiltIn("paraval.backends.serial", "SerialEvaluator"),
     "thread": _BuiltIn("paraval.backends.thread", "ThreadPoolEvaluator"),
     "process": _BuiltIn("paraval.backends.process", "ProcessPoolEvaluator"),
+    "loky": _BuiltIn("paraval.backends.loky", "LokyEvaluator", requires="loky", extra="loky"),
+    "executor": _BuiltIn("paraval.backends.executor", "ExecutorEvaluator"),
 }
 _LOCAL: Final = ("thread", "process")
 _GROUP: Final = "paraval.evaluators"

@@ -67,11 +67,17 @@ class RunSpec:
 
 
 class WorkerDiedError(Exception):
-    """A slot lost its worker. ``error`` says how; whose fault it was is for the engine to find out."""
+    """A slot lost its worker. Whose fault it was is for the engine to find out.
 
-    def __init__(self, error: JobError) -> None:
+    Attributes:
+        error: how it was lost.
+        alone: nothing but this batch can have caused it. (Calls in one pool of processes die together.)
+    """
+
+    def __init__(self, error: JobError, *, alone: bool = True) -> None:
         super().__init__(error.message)
         self.error = error
+        self.alone = alone
 
 
 class Batch:
@@ -170,6 +176,21 @@ class Batch:
         self.current = sent.get(current)
         if self.current is not None:
             self.current._started = started
+
+    def leave_out(self, job_ids: list[str]) -> None:
+        """Say which jobs of :meth:`take_all` were never started, as the others had taken long enough.
+
+        Unlike :meth:`give_back`, what the batch took is then the time of those that it ran.
+        """
+        sent = self._sent or {}
+        for job_id in job_ids:
+            job = sent.pop(job_id, None)
+            if job is not None:
+                job._started, job._status = None, JobStatus.READY
+                self._returned.append(job)
+                self._size -= 1
+        if not self._size:
+            self.was_cut = True
 
     # -- the engine's side ---------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ class ThreadSlot(Slot):
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
         self._loop = Loop.running()
-        self._returned = anyio.Event()
+        self._returned = self._loop.event()
         self._returned.set()
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._thread: _JobThread | None = None
@@ -38,7 +38,7 @@ class ThreadSlot(Slot):
         if self._thread is None:
             self._thread = _JobThread(self._spec, self._inbox, self._hand_back)
             self._thread.start()
-        self._returned = anyio.Event()
+        self._returned = self._loop.event()
         self._inbox.put(batch)
         try:
             await self._returned.wait()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import anyio
 
+from paraval.loops import Loop
+
 __all__ = ["Deadlines"]
 
 Check = Callable[[float], float | None]
@@ -22,14 +24,16 @@ class Deadlines:
 
     Args:
         clock: seconds, monotonic.
+        loop: on which it watches.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], loop: Loop) -> None:
         self._clock = clock
+        self._loop = loop
         self._heap: list[tuple[float, int, Check]] = []
         self._order = itertools.count()
         self._sleeping_until = -math.inf
-        self._earlier = anyio.Event()
+        self._earlier = loop.event()
 
     def add(self, due: float, check: Check) -> None:
         """Have the check called when the clock shows ``due``."""
@@ -47,7 +51,7 @@ class Deadlines:
                 again = check(now)
                 if again is not None:
                     self.add(again, check)
-            self._earlier = anyio.Event()
+            self._earlier = self._loop.event()
             self._sleeping_until = heap[0][0] if heap else math.inf
             with anyio.move_on_after(self._sleeping_until - now):
                 await self._earlier.wait()

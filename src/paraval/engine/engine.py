@@ -77,20 +77,20 @@ class _Worker:
 
 
 class Engine:
-    """Runs jobs. Make it and run it on the loop that shall be its home.
+    """Runs jobs, on the loop that is its home. It can be made in any thread.
 
     ``submit``, ``cancel``, ``budget_changed`` and ``stop`` may be called from any thread.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, loop: Loop) -> None:
         self._settings = settings
         self._spec = settings.spec
         self._clock = settings.spec.clock
         self._ledger = settings.ledger
-        self._queue = JobQueue()
-        self._deadlines = Deadlines(self._clock)
+        self._deadlines = Deadlines(self._clock, loop)
         self._sizer = BatchSizer(settings.batching, settings.num_workers, settings.backend.batch_limit)
-        self._doorbell = Doorbell(self._broken)
+        self._doorbell = Doorbell(loop, self._broken)
+        self._queue = JobQueue(loop)
         # Ctrl-C is for the main task, not for a job. asyncio sees to that by itself.
         self._worker_main = self._work if self.loop.is_asyncio else _protected_from_ctrl_c(self._work)
         self._workers: set[_Worker] = set()
@@ -104,9 +104,9 @@ class Engine:
         # Jobs whose worker died while it had several: each is run alone now, so that blame is exact.
         self._suspects: set[str] = set()
         self._recorder = Recorder(settings.storage, settings.notifier, settings.ledger)
-        self._attention = anyio.Event()
+        self._attention = self.loop.event()
         self._stopping = False
-        self._all_settled = anyio.Event()
+        self._all_settled = self.loop.event()
         self.ended = False
 
     # -- from any thread -----------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Engine:
             if not self._recorder.closing:
                 error = EvaluatorClosedError("the event loop or the task that runs the jobs ended under the evaluator")
                 error.__cause__ = exc
-                self._ledger.fail(error)
+                self._ledger.fail(error, lasting=False)  # what it left is settled below
             raise
         finally:
             self._doorbell.close()
@@ -216,7 +216,7 @@ class Engine:
 
     async def _hire(self, group: TaskGroup) -> None:
         """Start the workers that are missing, then wait until some may be again."""
-        self._attention = anyio.Event()
+        self._attention = self.loop.event()
         while self._missing_workers > 0:
             for _ in range(min(self._missing_workers, _HIRE_AT_ONCE)):
                 worker = _Worker(self._progress)
@@ -278,7 +278,7 @@ class Engine:
             try:
                 await (slot.run(batch) if execute is None else _execute_one(execute, batch))
             except WorkerDiedError as exc:
-                self._blame(batch, exc.error)
+                self._blame(batch, exc.error, alone=exc.alone)
             except Exception as exc:  # noqa: BLE001 - the slot itself failed
                 self._blame(batch, error_from_exception(exc)._replace(kind="worker_died"))
             self._end_batch(worker, batch)
@@ -305,12 +305,12 @@ class Engine:
             self._settle(batch.collect())
             self._return_to_queue(batch.reclaim())
 
-    def _blame(self, batch: Batch, error: JobError) -> None:
+    def _blame(self, batch: Batch, error: JobError, *, alone: bool = True) -> None:
         """After the death of a worker: its only job is to blame. Of several, any may be: each is run alone."""
         batch.was_cut = True
         self._settle(batch.collect())
         jobs = batch.in_hand
-        if len(jobs) == 1:
+        if len(jobs) == 1 and alone:
             self._settle([(jobs[0], Outcome(error=error, may_retry=True), self._clock())])
         else:
             self._suspects.update(job.id for job in jobs)

@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import anyio
-
 from paraval.errors import ParavalError
 from paraval.job import Job, JobStatus
-from paraval.loops import Loop
+from paraval.loops import Event, Loop
 
 __all__ = ["Gate", "Ledger", "Statistics", "waker"]
 
@@ -166,10 +164,11 @@ class Ledger:
         for wake in wakes:
             wake()
 
-    def fail(self, error: ParavalError) -> None:
-        """Wake everyone with an error: nothing more will come. It stays until :meth:`reopen`."""
+    def fail(self, error: ParavalError, *, lasting: bool = True) -> None:
+        """Wake everyone with an error: nothing more will come. A lasting one stays until :meth:`reopen`."""
         with self._lock:
-            self.failure = error
+            if lasting:
+                self.failure = error
             for waiter in [waiter for waiter in self._waiters if not waiter.despite_failure]:
                 self._waiters.remove(waiter)
                 waiter.error = error
@@ -333,7 +332,7 @@ class Ledger:
                 self._refuse_if_failed()
             if ready():
                 return
-            waiter = _Waiter(ready, waker(event := anyio.Event()), despite_failure)
+            waiter = _Waiter(ready, waker(event := Loop.running().event()), despite_failure)
             self._waiters.append(waiter)
         try:
             await event.wait()
@@ -352,7 +351,7 @@ class Ledger:
             raise self.failure
 
 
-def waker(event: anyio.Event) -> Callable[[], object]:
+def waker(event: Event) -> Callable[[], object]:
     """Give a function that sets an event of this loop from any thread."""
     loop = Loop.running()
     return lambda: event.set() if loop.is_here else loop.call_soon(event.set)

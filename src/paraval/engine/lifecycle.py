@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final
@@ -30,12 +31,12 @@ class Lifecycle:
     """At most one engine at a time. Usable from any thread.
 
     Args:
-        make_engine: makes an engine on the running loop.
+        make_engine: makes an engine for a loop.
         ledger: outlives the engines.
         kill_grace: seconds; bounds how long a close may take.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine], ledger: Ledger, kill_grace: float) -> None:
+    def __init__(self, make_engine: Callable[[Loop], Engine], ledger: Ledger, kill_grace: float) -> None:
         self._make_engine = make_engine
         self._ledger = ledger
         self._kill_grace = kill_grace
@@ -93,11 +94,7 @@ class Lifecycle:
         with self._lock:
             if self._closing:
                 return False
-            if self._home is not None and not self._home.loop.is_here and self._engine is None:
-                if not self._home.loop.call_soon(self.submit, jobs):
-                    raise EvaluatorClosedError("the event loop that runs the jobs is gone")
-            else:
-                self._open().submit(jobs)
+            self._open().submit(jobs)
             return True
 
     async def wait_until_closed(self) -> None:
@@ -114,7 +111,8 @@ class Lifecycle:
             if self._home is None:
                 engine, self._thread = run_in_thread(self._make_engine)
             else:
-                engine = self._home.start(self._make_engine)
+                engine = self._make_engine(self._home.loop)
+                self._home.run(engine)
             self._engine = engine
         return engine
 
@@ -148,10 +146,14 @@ class Lifecycle:
         """Do as :meth:`close` does, on any loop; a cancellation does not cut it short."""
         with anyio.CancelScope(shield=True):
             engine = self._begin_close()
-            with anyio.move_on_after(self._bound):
-                done = (lambda: not self._closing) if engine is None else (lambda: engine.ended)
-                await self._ledger.wait_async(done, despite_failure=True)
-            thread = None if engine is None else self._end_close(engine)
+            thread = None
+            try:
+                with anyio.move_on_after(self._bound):
+                    done = (lambda: not self._closing) if engine is None else (lambda: engine.ended)
+                    await self._ledger.wait_async(done, despite_failure=True)
+            finally:  # asyncio's own task.cancel() goes through any shield
+                if engine is not None:
+                    thread = self._end_close(engine)
             if thread is not None:
                 await anyio.to_thread.run_sync(thread.join, _PATIENCE_S)
         return [] if engine is None else engine.given_back
@@ -199,7 +201,7 @@ class Lifecycle:
                 )
             await self.aclose()
         home = _CallersLoop()
-        await home.group.__aenter__()
+        await home.open()
         self._home = home
 
     async def exit(self, exc: BaseException | None, traceback: TracebackType | None) -> bool:
@@ -207,25 +209,52 @@ class Lifecycle:
         home, self._home = self._home, None
         if home is None:
             return False
-        # The group's tasks have ended. It gets to see only a cancellation, which may be its own: another exception of
-        # the caller's block would come out wrapped in a group, though nothing else failed.
-        if isinstance(exc, anyio.get_cancelled_exc_class()):
-            return bool(await home.group.__aexit__(type(exc), exc, traceback))
-        await home.group.__aexit__(None, None, None)
-        return False
+        return await home.close(exc, traceback)
 
 
 class _CallersLoop:
-    """The loop of an ``async with`` block, and the task group the engine lives in."""
+    """The loop of an ``async with`` block, and the task group in which a keeper runs one engine after the other."""
 
     def __init__(self) -> None:
         self.loop = Loop.running()
-        self.group: TaskGroup = anyio.create_task_group()
+        self._group: TaskGroup = anyio.create_task_group()
+        self._engines: deque[Engine] = deque()
+        self._wanted = self.loop.event()
 
-    def start(self, make_engine: Callable[[], Engine]) -> Engine:
-        engine = make_engine()
-        self.group.start_soon(engine.run, _do_nothing, name="paraval engine")
-        return engine
+    async def open(self) -> None:
+        await self._group.__aenter__()
+        self._group.start_soon(self._keep, name="paraval engine")
+
+    async def close(self, exc: BaseException | None, traceback: TracebackType | None) -> bool:
+        """Close the group. The engine has ended."""
+        # The group gets to see only a cancellation, which may be its own: another exception of the caller's block would
+        # come out wrapped in a group, though nothing else failed.
+        self._group.cancel_scope.cancel()
+        if isinstance(exc, anyio.get_cancelled_exc_class()):
+            return bool(await self._group.__aexit__(type(exc), exc, traceback))
+        await self._group.__aexit__(None, None, None)
+        return False
+
+    def run(self, engine: Engine) -> None:
+        """Have the keeper run an engine; from any thread, from inside a task or not.
+
+        Raises:
+            EvaluatorClosedError: the loop is gone.
+        """
+        self._engines.append(engine)
+        if not self.loop.call_soon(self._want):
+            raise EvaluatorClosedError("the event loop that runs the jobs is gone: it was closed or has ended")
+
+    def _want(self) -> None:
+        self._wanted.set()  # the event of that moment: the keeper makes a new one for each wait
+
+    async def _keep(self) -> None:
+        while True:
+            while self._engines:
+                await self._engines.popleft().run(_do_nothing)
+            self._wanted = self.loop.event()
+            if not self._engines:
+                await self._wanted.wait()
 
 
 def _do_nothing() -> None:

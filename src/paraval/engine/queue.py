@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-import anyio
-
 from paraval.job import Job
+from paraval.loops import Event, Loop
 
 __all__ = ["JobQueue"]
 
@@ -19,9 +18,10 @@ __all__ = ["JobQueue"]
 class JobQueue:
     """Workers pull from here, in the order of submission. On the engine's loop only."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
         self._jobs: deque[Job] = deque()
-        self._waiting: dict[anyio.Event, None] = {}  # a dict is an ordered set with cheap removal
+        self._waiting: dict[Event, None] = {}  # a dict is an ordered set with cheap removal
 
     def __len__(self) -> int:
         """Count the jobs that wait; cancelled ones that nobody pulled yet included."""
@@ -40,7 +40,7 @@ class JobQueue:
     async def pull(self) -> Job:
         """Wait for the next job. Cancelled, it loses none."""
         while not self._jobs:
-            turn = anyio.Event()
+            turn = self._loop.event()
             self._waiting[turn] = None
             try:
                 await turn.wait()

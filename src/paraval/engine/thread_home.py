@@ -10,13 +10,14 @@ import anyio
 
 from paraval.engine.engine import Engine
 from paraval.engine.ledger import Gate
+from paraval.loops import Loop
 
 __all__ = ["run_in_thread"]
 
 _logger = logging.getLogger("paraval")
 
 
-def run_in_thread(make_engine: Callable[[], Engine]) -> tuple[Engine, threading.Thread]:
+def run_in_thread(make_engine: Callable[[Loop], Engine]) -> tuple[Engine, threading.Thread]:
     """Start an engine on an asyncio loop in a thread of its own; return when it takes submissions.
 
     The thread is a daemon: a program that forgets to close its evaluator must end all the same.
@@ -27,7 +28,7 @@ def run_in_thread(make_engine: Callable[[], Engine]) -> tuple[Engine, threading.
 
     async def live() -> None:
         nonlocal engine
-        engine = make_engine()
+        engine = make_engine(Loop.running())
         await engine.run(opened.open)
 
     def main() -> None:

@@ -1,0 +1,230 @@
+"""Jobs in the worker processes of loky."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, ClassVar, Final
+
+import anyio
+import anyio.to_thread
+
+from paraval.backends.base import Backend, Batch, RunSpec, Slot
+from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
+from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator, ProcessSlot
+from paraval.errors import MissingExtraError
+from paraval.job import Job
+from paraval.outcome import JobError
+from paraval.worker import remote
+
+try:
+    from loky.process_executor import ProcessPoolExecutor
+except ImportError as exc:
+    raise MissingExtraError("the loky evaluator needs loky: pip install 'paraval[loky]'") from exc
+
+__all__ = ["LokyEvaluator"]
+
+_START_S: Final = 30.0
+"""After so many seconds the time of a job counts, though its worker is not ready."""
+
+
+class LokySlot(ProcessSlot):
+    """One executor of loky's at a time, with one worker.
+
+    An interpreter with loky in it takes a good part of a second to start. That is not the job's time: a job begins when
+    its worker is ready.
+    """
+
+    def _encode(self, batch: Batch, sent: dict[str, Job]) -> bytes:
+        if self._process is None or self._process.is_gone:
+            batch.current = None
+        return super()._encode(batch, sent)
+
+    async def _take(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: tuple[Any, ...]) -> None:
+        if frame[0] != "ready":
+            await super()._take(process, batch, sent, frame)
+            return
+        now = self._spec.clock()
+        for job in sent.values():
+            job._started = now
+        if len(sent) == 1:
+            (batch.current,) = sent.values()
+
+
+class LokyWorker(WorkerProcess):
+    """A worker in an executor of loky's own, with a channel to it.
+
+    The executor gets one call, which lasts as long as the worker and serves jobs over the channel. So a job costs no trip
+    through the executor's queues and threads, a large argument cannot get stuck in them when the worker is killed, and
+    jobs can do all that they can in the process evaluator. Start and end of the process are loky's.
+    """
+
+    _popen: _LokyProcess  # type: ignore[assignment] # has what is used of a Popen: pid, poll, returncode
+
+    def __init__(self, setup: bytes, capture: int | None = None) -> None:
+        # Not the base's __init__, which would start a process of its own.
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self._lifeline = _Lifeline()
+        self._hand_over = [Connection(theirs.detach()), Connection(self._lifeline.watched, writable=False)]
+        self._tails = []
+        self._selector = None
+        if capture is not None:
+            self._selector = selectors.DefaultSelector()
+            self._selector.register(ours.fileno(), selectors.EVENT_READ)
+            for _ in ("stdout", "stderr"):
+                read, write = os.pipe()
+                tail = _Tail(os.fdopen(read, "rb", buffering=0), capture)
+                self._tails.append(tail)
+                self._selector.register(tail.fileno(), selectors.EVENT_READ)
+                self._hand_over.append(Connection(write, readable=False))
+        self._socket = ours
+        self._received = bytearray()
+        self._unsent_setup = setup
+        self._popen = _LokyProcess()
+        self._is_ready = False
+        self.jobs_done = 0
+
+    async def send(self, frame: bytes) -> None:
+        if self._hand_over:
+            hand_over, self._hand_over = self._hand_over, []
+            # In a thread, as loky takes some milliseconds; not to be cancelled half-way.
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._popen.start, hand_over, self._notice_the_end_of_call)
+        await super().send(frame)
+
+    async def receive(self) -> list[tuple[Any, ...]]:
+        if self._is_ready:
+            return await super().receive()
+        frames: list[tuple[Any, ...]] = [("ready",)]
+        with anyio.move_on_after(_START_S):
+            frames = await super().receive()
+        self._is_ready = True
+        return frames
+
+    def _notice_the_end_of_call(self, call: Future[Any]) -> None:
+        """Have the slot notice, from loky's thread, that loky has lost the worker."""
+        if call.cancelled() or call.exception() is not None:
+            self.notice_the_end()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._popen.signal(number)
+
+    async def retire(self) -> None:
+        self._popen.shut_down()  # takes effect when the call has returned, which it does at the end of the channel
+        await super().retire()
+
+    async def post_mortem(self) -> JobError:
+        if self._popen.start_failure is None:
+            return await super().post_mortem()
+        self._close()
+        self._finish()
+        failure = self._popen.start_failure
+        return JobError("worker_died", f"loky could not start a worker: {type(failure).__name__}: {failure}")
+
+    def _finish(self) -> None:
+        super()._finish()
+        self._popen.shut_down()
+
+
+class _LokyProcess:
+    """An executor of loky's with one worker, seen as that process."""
+
+    def __init__(self) -> None:
+        self._executor: Any = None
+        self._process: BaseProcess | None = None
+        self.start_failure: Exception | None = None
+
+    def start(self, hand_over: list[Connection], on_end: Callable[[Future[Any]], object]) -> None:
+        """Start the worker, and the call that serves jobs; close our copies of what is handed over.
+
+        Raises:
+            OSError: there is no worker.
+        """
+        try:
+            self._executor = ProcessPoolExecutor(max_workers=1, initializer=remote.hold, initargs=tuple(hand_over))
+            call = self._executor.submit(remote.serve)
+            self._process = next(iter(self._executor._processes.values()), None)
+            if self._process is None:
+                raise ChildProcessError("it ended as it began")
+            call.add_done_callback(on_end)
+        except Exception as exc:
+            self.start_failure = exc
+            raise ChildProcessError(str(exc)) from exc
+        finally:
+            for connection in hand_over:
+                connection.close()
+
+    def shut_down(self) -> None:
+        """Let the executor end with its call. It does not wait."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=False)
+
+    @property
+    def pid(self) -> int:
+        pid = None if self._process is None else self._process.pid
+        if pid is None:
+            raise ProcessLookupError("the worker was not started")
+        return pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        # Loky's thread may wait for the process at the same moment; then this gives None, and a moment later the code.
+        return None if self._process is None else self._process.exitcode
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the worker and all it started; or only the worker, where it is not yet the head of a group."""
+        try:
+            pid = self.pid
+            if self.poll() is None:
+                (os.killpg if os.getpgid(pid) == pid else os.kill)(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+class LokyBackend(ProcessBackend):
+    """A worker of loky's for each slot."""
+
+    def slot(self, spec: RunSpec) -> Slot:
+        return LokySlot(spec, self)
+
+    def start_worker(self, spec: RunSpec) -> WorkerProcess:
+        worker = LokyWorker(self.setup(spec), self._capture)
+        self.workers.add(worker)
+        return worker
+
+
+class LokyEvaluator(ProcessPoolEvaluator):
+    """Runs run-functions in ``num_workers`` worker processes of loky; a job that must stop is killed, alone.
+
+    As the process evaluator, with loky's interpreters as workers: for programs that configure loky, or whose
+    run-functions use joblib or loky themselves. Each worker has an executor of loky's own, never the reusable one that
+    the rest of the program may share. Needs the extra ``loky``.
+
+    See :class:`~paraval.Evaluator` and :class:`~paraval.ProcessPoolEvaluator` for the arguments.
+
+    Raises:
+        ValueError: the run-function cannot be sent to another process; the message names the object inside it.
+    """
+
+    parallel: ClassVar[str] = "processes of loky"
+
+    def _make_backend(self) -> Backend:
+        backend = LokyBackend(
+            self.run_function,
+            max_jobs_per_worker=self._max_jobs_per_worker,
+            initializer=self._initializer,
+            capture=self._capture,
+        )
+        backend.check(self._spec)
+        return backend

@@ -6,6 +6,7 @@ The public names are imported when they are first used, so that ``import paraval
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ _MODULES: Final = {
     "profile": "paraval.profiling",
     "to_json": "paraval.utils",
 }
+try:
+    WORKING_FOLDER: Final = os.getcwd()  # noqa: PTH109 - pathlib would take longer than all the rest
+    """What ``""`` in ``sys.path`` stood for when paraval was imported; a program may change its directory later."""
+except OSError:  # it was removed
+    WORKING_FOLDER = "/"  # type: ignore[misc] # the other branch of the same definition
+
 _SUBMODULES: Final = ("callback", "errors", "storage", "utils")
 
 __all__ = [*_MODULES, *_SUBMODULES, "__version__"]  # noqa: PLE0604 - the names of the table above

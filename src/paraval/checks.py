@@ -16,6 +16,7 @@ __all__ = [
     "configuration",
     "configurations",
     "exception_types",
+    "function_or_none",
     "job_class",
     "keywords",
     "positive_int",
@@ -85,6 +86,13 @@ def capture(name: str, value: object, *, default: int) -> int | None:
         return default if value else None
     if not isinstance(value, int) or value < 1:
         raise BadValueError(f"{name} must be True, False or a positive number of bytes, not {value!r}")
+    return value
+
+
+def function_or_none(name: str, value: object) -> Any:
+    """Take something callable, or None."""
+    if value is not None and not callable(value):
+        raise WrongTypeError(f"{name} must be callable, not {value!r}")
     return value
 
 

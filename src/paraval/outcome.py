@@ -83,7 +83,7 @@ class Outcome(NamedTuple):
 def error_from_exception(exc: BaseException) -> JobError:
     """Describe an exception as data. It never raises, whatever the exception's own methods do."""
     try:
-        message = str(exc)
+        message = "".join([str(exc)])  # exactly a str: one of a subclass might not cross to another process
     except BaseException:  # noqa: BLE001 - a broken __str__ must not cost the job its record
         message = "<the exception's own __str__ failed>"
     import traceback  # here: a worker process that sees no failure need not import it
@@ -95,7 +95,7 @@ def error_from_exception(exc: BaseException) -> JobError:
     return JobError(
         kind="exception",
         message=message,
-        type=type(exc).__name__,
+        type="".join([type(exc).__name__]),
         traceback=text,
         host=_HOST,
         pid=os.getpid(),

@@ -96,6 +96,8 @@ class Batch:
 
     Attributes:
         current: the job that is known to run.
+        hurry: when its run is cancelled, kill at once: the job to stop is not known to be the one that runs.
+        waits_for_worker: its worker is being set up, so no job's time has begun.
         was_cut: some of its jobs went elsewhere, so its time says nothing about them.
     """
 
@@ -108,7 +110,9 @@ class Batch:
         "_todo",
         "created",
         "current",
+        "hurry",
         "report",
+        "waits_for_worker",
         "was_cut",
     )
 
@@ -123,6 +127,8 @@ class Batch:
         self.report = report
         self.created = clock()
         self.current: Job | None = None
+        self.hurry = False
+        self.waits_for_worker = False
         self.was_cut = False
 
     # -- the slot's side -----------------------------------------------------------------------------------------------
@@ -143,9 +149,14 @@ class Batch:
         self._finished.append((job, outcome, self._clock()))
         self.current = None
 
-    def take_all(self) -> dict[str, Job]:
-        """Start all jobs, to be run in their order somewhere else; give those that are not finished, by their ids."""
-        jobs, self._todo = self._todo[::-1], []
+    def take_all(self, most: int | None = None) -> dict[str, Job]:
+        """Start all jobs (at most ``most``), to be run in their order somewhere else.
+
+        Returns:
+            The jobs that are not finished, by their ids: it shrinks as they are.
+        """
+        jobs = self._todo[::-1][:most]
+        del self._todo[len(self._todo) - len(jobs) :]
         now = self._clock()
         for job in jobs:
             job._started = now
@@ -154,6 +165,13 @@ class Batch:
         if len(jobs) == 1:
             self.current = jobs[0]
         return self._sent
+
+    def worker_is_ready(self) -> None:
+        """Say that the worker is set up: the time of its jobs begins now."""
+        self.waits_for_worker = False
+        self.created = self._clock()
+        if self.current is not None:
+            self.current._started = self.created
 
     def finish_sent(self, job: Job, outcome: Outcome, started: float, finished: float) -> None:
         """Hand in the outcome of a job of :meth:`take_all`, with the times that the worker took."""

@@ -22,7 +22,10 @@ __all__ = ["WorkerProcess"]
 
 _READ: Final = 1 << 20
 _REAP_S: Final = 0.3
-_BOOTSTRAP: Final = "import sys; sys.path.insert(0, {!r}); from paraval.worker.main import main; main({}, {})"
+# The working directory, which -c puts first, must not hide the standard library from a worker; ours comes last.
+_BOOTSTRAP: Final = (
+    "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from paraval.worker.main import main; main({}, {})"
+)
 
 
 class WorkerProcess:
@@ -70,6 +73,7 @@ class WorkerProcess:
         if self._selector is not None:
             for source in (ours.fileno(), *(tail.fileno() for tail in self._tails)):
                 self._selector.register(source, selectors.EVENT_READ)
+        self.setup = setup
         self._unsent_setup: bytes | None = setup
         self.jobs_done = 0
 
@@ -145,8 +149,12 @@ class WorkerProcess:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process has ended."""
-        return self._popen.poll() is not None
+        """Whether the process has ended (it may not be reaped: its number still stands for its group)."""
+        if self._popen.returncode is not None:
+            return True
+        if not hasattr(os, "waitid"):
+            return self._popen.poll() is not None
+        return os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def notice_the_end(self) -> None:
         """Have whoever waits in :meth:`receive` notice that the process has ended.
@@ -208,8 +216,6 @@ class WorkerProcess:
         self._close()
         if not await self._reap():
             await self.kill()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, signal.SIGKILL)  # its children; its number is not given out while they live
         self._finish()
         code = self._popen.returncode
         number = -code if code is not None and code < 0 else None
@@ -230,14 +236,18 @@ class WorkerProcess:
         )
 
     async def _reap(self) -> bool:
-        """Wait a moment for the process to be gone."""
+        """Wait a moment for the process to be gone, and end what it left behind."""
         pause = 0.0005
         give_up = time.monotonic() + _REAP_S
-        while self._popen.poll() is None:
+        while not self.is_gone:
             if time.monotonic() > give_up:
                 return False
             await anyio.sleep(pause)
             pause = min(pause * 2, 0.02)
+        # Before it is reaped, as long as no other process can have its number.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
         return True
 
 

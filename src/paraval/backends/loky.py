@@ -198,8 +198,8 @@ class LokyBackend(ProcessBackend):
     def slot(self, spec: RunSpec) -> Slot:
         return LokySlot(spec, self)
 
-    def start_worker(self, spec: RunSpec) -> WorkerProcess:
-        worker = LokyWorker(self.setup(spec), self._capture)
+    def start_worker(self, setup: bytes) -> WorkerProcess:
+        worker = LokyWorker(setup, self._capture)
         self.workers.add(worker)
         return worker
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import pickle
 import signal
 import sys
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Final
 import anyio
 import anyio.to_thread
 
-from paraval import checks
+from paraval import WORKING_FOLDER, checks
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError
 from paraval.backends.child import WorkerProcess
 from paraval.errors import BadValueError
@@ -38,19 +39,34 @@ class ProcessSlot(Slot):
         self._process: WorkerProcess | None = None
 
     async def run(self, batch: Batch) -> None:
-        sent = batch.take_all()
-        frame = self._encode(batch, sent)
-        if not sent:
-            return
+        while batch.waiting:
+            try:
+                process = await self._worker(batch)
+            except PicklingFailed as exc:  # static arguments that were changed since the evaluator was made
+                self._fail(batch, batch.take_all(), JobError("exception", str(exc), type="PicklingError"))
+                return
+            await self._run_on(process, batch, batch.take_all(self._backend.jobs_left(process)))
+
+    async def _worker(self, batch: Batch) -> WorkerProcess:
+        """Give the worker, or a new one in the place of one that can take no more jobs."""
+        setup = self._backend.setup(self._spec)
         process = self._process
-        if process is not None and process.is_gone:  # it died while it had nothing to do: no job is to blame
+        # One that died while it had nothing to do is replaced in silence: no job is to blame.
+        if process is not None and (process.is_gone or process.setup is not setup):
             await self._let_go()
             process = None
         if process is None:
-            process = self._process = self._backend.start_worker(self._spec)
+            process = self._process = self._backend.start_worker(setup)
+            batch.waits_for_worker = True
+        return process
+
+    async def _run_on(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
+        count = len(sent)
+        frame = self._encode(batch, sent)
         process.output()  # what was printed between jobs belongs to none
         try:
-            await process.send(frame)
+            if sent:
+                await process.send(frame)
             while sent:
                 for reply in await process.receive():
                     await self._take(process, batch, sent, reply)
@@ -67,8 +83,8 @@ class ProcessSlot(Slot):
                 self._forget()
                 await self._stop(process, batch, sent)
             raise
-        process.jobs_done += len(batch)
-        if self._backend.max_jobs_per_worker is not None and process.jobs_done >= self._backend.max_jobs_per_worker:
+        process.jobs_done += count
+        if self._backend.jobs_left(process) == 0:
             await self._let_go()
 
     async def close(self) -> None:
@@ -104,9 +120,13 @@ class ProcessSlot(Slot):
             try:
                 items.append((job.id, Sealed(dumps(job.args, "the arguments"))))
             except PicklingFailed as exc:
-                now = self._spec.clock()
-                batch.finish_sent(job, Outcome(error=JobError("exception", str(exc), type="PicklingError")), now, now)
+                self._fail(batch, {job.id: job}, JobError("exception", str(exc), type="PicklingError"))
         return pickle.dumps(("jobs", items), 5)
+
+    def _fail(self, batch: Batch, jobs: dict[str, Job], error: JobError) -> None:
+        now = self._spec.clock()
+        for job in list(jobs.values()):
+            batch.finish_sent(job, Outcome(error=error), now, now)
 
     async def _take(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: tuple[Any, ...]) -> None:
         match frame[0]:
@@ -116,34 +136,35 @@ class ProcessSlot(Slot):
                     if job is not None:
                         self._attach_output(process, (job,))
                         batch.finish_sent(job, _outcome(error, value), started, finished)
+            case "ready":
+                batch.worker_is_ready()
             case "back":
                 batch.give_back(*frame[1:])
             case "call":
                 await process.send(await self._answer(frame[1], frame[2]))
             case "broken":
                 error = JobError(*frame[1])
-                message = f"the worker could not be set up: {error.message}"
-                now = self._spec.clock()
-                for job in list(sent.values()):
-                    batch.finish_sent(job, Outcome(error=error._replace(message=message)), now, now)
+                self._fail(batch, sent, error._replace(message=f"the worker could not be set up: {error.message}"))
                 await self._let_go()
 
-    async def _answer(self, method: str, args: tuple[Any, ...]) -> bytes:
+    async def _answer(self, method: str, sealed: bytes) -> bytes:
         """Call the storage for a job."""
         storage = self._spec.storage
         function = getattr(storage, method)
         try:
+            args = pickle.loads(sealed)  # noqa: S301 - from our own worker
             # A memory store answers at once; another may wait for a disk or a network.
             value = function(*args) if storage.by_reference else await anyio.to_thread.run_sync(function, *args)
-            return pickle.dumps(("reply", None, value), 5)
+            reply: tuple[Any, ...] = ("reply", None, dumps(value, f"the result of {method}"))
         except Exception as exc:  # noqa: BLE001 - it is raised again in the job
-            try:
-                return pickle.dumps(("reply", exc, None), 5)
-            except Exception:  # noqa: BLE001 - an exception that cannot be sent
-                return pickle.dumps(("reply", RuntimeError(f"{type(exc).__name__}: {exc}"), None), 5)
+            reply = ("reply", _sendable(exc), None)
+        return pickle.dumps(reply, 5)
 
     async def _stop(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Ask the worker to stop, and kill it: at the latest after the grace."""
+        if batch.hurry:  # the job to stop is not known to be the one that runs: asking could hit another
+            await process.kill()
+            return
         process.signal(signal.SIGTERM)
         with contextlib.suppress(OSError), anyio.move_on_after(self._spec.kill_grace):
             while sent:
@@ -160,10 +181,20 @@ def _outcome(error: tuple[Any, ...] | None, value: Any) -> Outcome:
     if type(value) is Sealed:
         try:
             value = pickle.loads(value.data)  # noqa: S301 - from our own worker
-        except Exception as exc:  # noqa: BLE001 - it may need what only the worker has imported
+        except BaseException as exc:  # noqa: BLE001 - it may need what only the worker has imported, or do anything
             message = f"the result cannot be unpickled: {type(exc).__name__}: {exc}"
             return Outcome(error=JobError("exception", message, type="UnpicklingError"))
     return Outcome(value)
+
+
+def _sendable(exc: Exception) -> bytes:
+    """Pickle an exception; one that would not arrive as it is goes as its type and text."""
+    try:
+        data = pickle.dumps(exc, 5)
+        pickle.loads(data)  # noqa: S301 - it was made in the line above
+    except Exception:  # noqa: BLE001 - its __init__ takes other arguments, say
+        data = pickle.dumps(RuntimeError(f"{type(exc).__name__}: {exc}"), 5)
+    return data
 
 
 class ProcessBackend(Backend):
@@ -182,21 +213,26 @@ class ProcessBackend(Backend):
         self.workers: set[WorkerProcess] = set()
         self.max_jobs_per_worker = max_jobs_per_worker
         self._capture = capture
-        self.batch_limit = max_jobs_per_worker if capture is None else 1  # whose output is it, else?
+        self.batch_limit = None if capture is None else 1  # whose output is it, else?
         self._function = function
         self._is_async = is_async(function)
         try:
             self._initializer = None if initializer is None else dumps(initializer, "initializer")
         except PicklingFailed as exc:
             raise BadValueError(f"the initializer cannot be sent to a worker process: {exc}") from exc
-        self._setup: tuple[Any, bytes] | None = None
+        self._setup: bytes | None = None
+        self._setup_of: list[Any] = []
 
     def slot(self, spec: RunSpec) -> Slot:
         return ProcessSlot(spec, self)
 
-    def start_worker(self, spec: RunSpec) -> WorkerProcess:
+    def jobs_left(self, process: WorkerProcess) -> int | None:
+        """Count the jobs that a worker may still run; None: any number."""
+        return None if self.max_jobs_per_worker is None else self.max_jobs_per_worker - process.jobs_done
+
+    def start_worker(self, setup: bytes) -> WorkerProcess:
         """Start a worker process."""
-        worker = WorkerProcess(self.setup(spec), self._capture)
+        worker = WorkerProcess(setup, self._capture)
         self.workers.add(worker)
         return worker
 
@@ -208,11 +244,16 @@ class ProcessBackend(Backend):
                     worker.notice_the_end()
 
     def setup(self, spec: RunSpec) -> bytes:
-        """Give the first frame for a worker."""
-        key = (spec.stopper, dict(spec.kwargs))
-        if self._setup is None or self._setup[0] != key:
-            self._setup = key, self._make_setup(spec)
-        return self._setup[1]
+        """Give the first frame for a worker: the same object for as long as nothing in it has changed."""
+        # By identity: arrays have no plain equality, and what is changed in place would have to be pickled to be seen.
+        now = [spec.stopper, *spec.kwargs, *spec.kwargs.values()]
+        same = len(now) == len(self._setup_of) and all(map(operator.is_, now, self._setup_of))
+        if self._setup is None or not same:
+            made = self._make_setup(spec)
+            self._setup_of = now
+            if made != self._setup:
+                self._setup = made
+        return self._setup
 
     def check(self, spec: RunSpec) -> None:
         """Refuse a run-function that cannot be sent.
@@ -228,13 +269,13 @@ class ProcessBackend(Backend):
             ) from exc
 
     def _make_setup(self, spec: RunSpec) -> bytes:
-        name = "the run-function"
-        function = dumps((self._function, spec.kwargs, spec.stopper), name)
         retry_on = dumps(spec.retry_on, "retry_on") if spec.retry_on else None
         setup = Setup(
-            path=list(sys.path),
+            path=[entry or WORKING_FOLDER for entry in sys.path],
             argv=list(sys.argv),
-            function=function,
+            function=dumps(self._function, "the run-function"),
+            kwargs=dumps(spec.kwargs, "run_function_kwargs"),
+            stopper=dumps(spec.stopper, "the stopper"),
             initializer=self._initializer,
             origin=spec.origin,
             is_async=self._is_async,
@@ -279,7 +320,7 @@ class ProcessPoolEvaluator(Evaluator):
         if max_jobs_per_worker is not None:
             checks.positive_int("max_jobs_per_worker", max_jobs_per_worker)
         self._max_jobs_per_worker = max_jobs_per_worker
-        self._initializer = initializer
+        self._initializer = checks.function_or_none("initializer", initializer)
         super().__init__(run_function, *args, **kwargs)
 
     def _make_backend(self) -> Backend:

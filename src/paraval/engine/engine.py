@@ -304,6 +304,8 @@ class Engine:
         if batch is not None:
             self._settle(batch.collect())
             self._return_to_queue(batch.reclaim())
+            if batch.current is not None and len(batch) > 1:
+                self._recorder.note_running(batch.current)  # it was thought to be tiny
 
     def _blame(self, batch: Batch, error: JobError, *, alone: bool = True) -> None:
         """After the death of a worker: its only job is to blame. Of several, any may be: each is run alone."""
@@ -342,9 +344,11 @@ class Engine:
             return
         self._settle(batch.collect())
         in_hand = batch.in_hand
-        stopped = [job for job in in_hand if job.id in self._reasons or len(in_hand) == 1]
+        stopped = [job for job in in_hand if job.id in self._reasons]
         self._settle([(job, Outcome(error=reason, cancelled=True), self._clock()) for job in stopped])
-        self._return_to_queue(batch.reclaim() + [job for job in in_hand if job not in stopped])
+        others = [job for job in in_hand if job.id not in self._reasons and job not in stopped]
+        self._suspects.update(job.id for job in others)  # the worker was killed, and not for what is known of them
+        self._return_to_queue(batch.reclaim() + others)
 
     def _return_to_queue(self, jobs: list[Job]) -> None:
         if jobs:
@@ -376,7 +380,15 @@ class Engine:
             self._return_to_queue(batch.reclaim())
             if batch.current is not None and len(batch) > 1:
                 self._recorder.note_running(batch.current)
+        if batch.waits_for_worker:
+            return now + STALL_S
         job, limit = batch.current, self._settings.job_timeout
+        if job is None and limit is not None and batch.in_hand and now - batch.created >= limit + STALL_S:
+            # One of several jobs holds its worker in such a grip that it cannot even say which. Each is run alone then.
+            batch.hurry = True
+            worker.watched = False
+            worker.scope.cancel()
+            return None
         if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
             self._interrupt(worker, job, JobError("timeout", f"the job ran longer than job_timeout={limit:g} s"))
             worker.watched = False
@@ -389,7 +401,7 @@ class Engine:
 
     def _next_check(self, batch: Batch) -> float | None:
         limit = self._settings.job_timeout
-        due = batch.created + STALL_S if batch.waiting else math.inf
+        due = batch.created + STALL_S if batch.waiting or batch.waits_for_worker else math.inf
         if limit is not None:
             job = batch.current
             start = job._started if job is not None else None
@@ -412,7 +424,7 @@ class Engine:
             for job in () if worker.batch is None else worker.batch.in_hand:
                 self._interrupt(worker, job, reason)
 
-    def _cancel(self, job: Job, reason: JobError) -> None:
+    def _cancel(self, job: Job, reason: JobError, patience: int = 50) -> None:
         if job.id not in self._open:
             return
         worker = self._holders.get(job.id)
@@ -422,10 +434,15 @@ class Engine:
         elif batch.withdraw(job):
             self._ledger.started(-1)
             self._settle_all([job.id], reason)
-        elif job in batch.in_hand:
+        elif batch.current is job:
             self._interrupt(worker, job, reason)
-        else:  # this very moment it is being taken, or was finished: look again
-            self._deadlines.add(self._clock() + 0.001, lambda _now: self._cancel(job, reason))
+        elif patience or job not in batch.in_hand:
+            # It is being taken or was finished this very moment; or it was sent ahead, and the worker will soon say
+            # that it runs, or give it back.
+            self._deadlines.add(self._clock() + 0.001, lambda _now: self._cancel(job, reason, max(0, patience - 1)))
+        else:
+            batch.hurry = True
+            self._interrupt(worker, job, reason)
 
     def _interrupt(self, worker: _Worker, job: Job, reason: JobError) -> None:
         """Make a running job stop; it is settled when it has, or when it would not."""

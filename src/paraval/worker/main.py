@@ -5,10 +5,11 @@ The frames are a length (8 bytes) and a pickled tuple, whose first item says wha
 ======== ================================= ==========================================================================
 parent   ``("setup", Setup)``              once, first
          ``("jobs", [(id, args), …])``     to run, in this order
-         ``("reply", error, value)``       to a call
-child    ``("done", [(id, started, finished, error, value), …])``
+         ``("reply", error, value)``       to a call; both sealed
+child    ``("ready",)``                     the setup is done
+         ``("done", [(id, started, finished, error, value), …])``
          ``("back", [id, …], id, started)`` never started, send them elsewhere; and the one that keeps the worker busy
-         ``("call", method, args)``        of the storage
+         ``("call", method, args)``        of the storage; sealed arguments
          ``("broken", error)``             the setup failed; no job will ever run here
 ======== ================================= ==========================================================================
 
@@ -44,7 +45,9 @@ class Setup(NamedTuple):
     Attributes:
         path: ``sys.path`` of the parent.
         argv: ``sys.argv`` of the parent.
-        function: the pickled run-function and its static keyword arguments.
+        function: the pickled run-function.
+        kwargs: its static keyword arguments, pickled.
+        stopper: pickled; copied for each job.
         initializer: pickled function without arguments, called before the first job; or None.
         origin: where the evaluator's clock is zero, on the system's monotonic clock.
         is_async: whether calling the run-function gives a coroutine.
@@ -55,6 +58,8 @@ class Setup(NamedTuple):
     path: list[str]
     argv: list[str]
     function: bytes
+    kwargs: bytes
+    stopper: bytes
     initializer: bytes | None
     origin: float
     is_async: bool
@@ -117,6 +122,7 @@ class Worker:
     def __init__(self, fd: int) -> None:
         self._reader = open(fd, "rb", buffering=1 << 16, closefd=False)  # noqa: SIM115 - open for the whole life
         self._fd = fd
+        self._pid = os.getpid()
         self._sending = _thread.allocate_lock()
         self._calling = _thread.allocate_lock()
         # Under _state: what the guard and the main thread share.
@@ -142,7 +148,10 @@ class Worker:
             self._set_up(first[1])
         except BaseException as exc:  # noqa: BLE001 - whatever importing the run-function does
             self._send(("broken", tuple(error_from_exception(exc))))
+            while self._reader.read(1 << 16):  # what is on its way: the parent must not meet a closed socket first
+                pass
             return
+        self._send(("ready",))
         while (frame := self._receive()) is not None:
             self._run_batch(frame[1])
 
@@ -165,7 +174,9 @@ class Worker:
             faulthandler.enable()  # a crash shows where it was
         self._origin = setup.origin
         self._is_async = setup.is_async
-        self._function, self._kwargs, self._stopper = pickle.loads(setup.function)  # noqa: S301 - from our own parent
+        self._function = pickle.loads(setup.function)  # noqa: S301 - from our own parent
+        self._kwargs = pickle.loads(setup.kwargs)  # noqa: S301 - likewise
+        self._stopper = pickle.loads(setup.stopper)  # noqa: S301 - likewise
         self._retry_on = pickle.loads(setup.retry_on) if setup.retry_on else ()  # noqa: S301 - likewise
         if setup.initializer is not None:
             pickle.loads(setup.initializer)()  # noqa: S301 - likewise
@@ -209,9 +220,13 @@ class Worker:
                 value = self._complete(value)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             self._live = None
+            if os.getpid() != self._pid:
+                os._exit(1)
             error = error_from_exception(exc)
             return (*error, isinstance(exc, self._retry_on)), None
         self._live = None
+        if os.getpid() != self._pid:
+            os._exit(0)  # the job forked, and its child came back too: there is one worker on this socket
         if is_plain(value):
             return None, value
         try:
@@ -275,14 +290,16 @@ class Worker:
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
         """Have the parent call a method of the storage; give what it returns or raise what it raises."""
+        sealed = dumps(args, f"the arguments of {method}")
         with self._calling:
-            self._send(("call", method, args))
+            self._send(("call", method, sealed))
             reply = self._receive()
         if reply is None:
             raise EOFError("the driver is gone")
-        if reply[1] is not None:
-            raise reply[1]
-        return reply[2]
+        _, error, value = reply
+        if error is not None:
+            raise pickle.loads(error)  # noqa: S301 - from our own parent
+        return pickle.loads(value)  # noqa: S301 - likewise
 
     def _report(self) -> None:
         with self._state:
@@ -293,11 +310,11 @@ class Worker:
     def _send(self, frame: tuple[Any, ...]) -> None:
         data = pickle.dumps(frame, 5)
         with self._sending:
-            view = memoryview(len(data).to_bytes(8, "little") + data) if len(data) < 1 << 16 else None
-            if view is None:
+            if len(data) < 1 << 16:
+                _write(self._fd, memoryview(len(data).to_bytes(8, "little") + data))
+            else:
                 _write(self._fd, memoryview(len(data).to_bytes(8, "little")))
-                view = memoryview(data)
-            _write(self._fd, view)
+                _write(self._fd, memoryview(data))
 
     def _receive(self) -> Any:
         head = self._reader.read(8)

@@ -47,24 +47,24 @@ def dumps(value: Any, name: str) -> bytes:
         data = pickle.dumps(value, _PROTOCOL)
         if b"__main__" not in data:
             return data
-    except Exception:  # noqa: BLE001, S110 - a lambda, say; cloudpickle knows more, and tells why if it does not
+    except BaseException:  # noqa: BLE001, S110 - a lambda, say; cloudpickle knows more, and tells why if it does not
         pass
     import cloudpickle  # here: most children never need it
 
     try:
         data = cloudpickle.dumps(value, _PROTOCOL)
-    except Exception as exc:
+    except BaseException as exc:  # users' code, which may even call sys.exit
         raise PicklingFailed(explain(value, name, exc)) from exc
     return bytes(data)
 
 
-def explain(value: Any, name: str, exc: Exception) -> str:
+def explain(value: Any, name: str, exc: BaseException) -> str:
     """Say which part of a value cannot be pickled, as a path to it."""
     path, part, reason = _blame(value, name, exc, depth=0, seen=set())
     return f"{path} cannot be pickled: {type(part).__name__} object ({type(reason).__name__}: {reason})"
 
 
-def _blame(value: Any, path: str, exc: Exception, *, depth: int, seen: set[int]) -> tuple[str, Any, Exception]:
+def _blame(value: Any, path: str, exc: BaseException, *, depth: int, seen: set[int]) -> tuple[str, Any, BaseException]:
     """Follow what cannot be pickled down to the smallest part that cannot."""
     if depth > 20 or id(value) in seen:  # noqa: PLR2004 - deep enough for any path a person would read
         return path, value, exc
@@ -76,17 +76,17 @@ def _blame(value: Any, path: str, exc: Exception, *, depth: int, seen: set[int])
     return path, value, exc
 
 
-def _failure(value: Any) -> Exception | None:
+def _failure(value: Any) -> BaseException | None:
     import cloudpickle  # as above
 
     try:
         cloudpickle.dumps(value, _PROTOCOL)
-    except Exception as exc:  # noqa: BLE001 - a __reduce__ may raise anything
+    except BaseException as exc:  # noqa: BLE001 - a __reduce__ may raise anything
         return exc
     return None
 
 
-def _parts(value: Any) -> list[tuple[str, Any]]:
+def _parts(value: Any) -> list[tuple[str, Any]]:  # noqa: C901 - one short question for each kind of object
     if isinstance(value, dict):
         return [(f"[{key!r}]", item) for key, item in value.items()]
     if isinstance(value, list | tuple | set | frozenset):
@@ -99,6 +99,8 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
                 parts.append((f" (its variable {name!r})", cell.cell_contents))
             except ValueError:  # the cell is empty
                 continue
+        parts += [(f" (its default {index})", item) for index, item in enumerate(value.__defaults__ or ())]
+        parts += [(f" (its default {name!r})", item) for name, item in (value.__kwdefaults__ or {}).items()]
         known = getattr(value, "__globals__", {})
         parts += [(f" (its global {name!r})", known[name]) for name in value.__code__.co_names if name in known]
     if hasattr(value, "func") and hasattr(value, "args") and hasattr(value, "keywords"):  # functools.partial
@@ -106,6 +108,10 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
     if hasattr(value, "__self__") and not isinstance(value, type):
         parts.append((".__self__", value.__self__))
     attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and not callable(value):
+    if isinstance(attributes, dict) and not isinstance(value, type) and not hasattr(value, "__code__"):
         parts += [(f".{name}", item) for name, item in attributes.items()]
+    for cls in type(value).__mro__:
+        for name in getattr(cls, "__slots__", ()):
+            if isinstance(name, str) and name != "__dict__" and hasattr(value, name):
+                parts.append((f".{name}", getattr(value, name)))
     return parts

@@ -1,15 +1,15 @@
 """The measures. Each runs in a fresh interpreter, so none inherits modules, threads or garbage from another.
 
-Machines are shared and noisy, so what counts is a ratio: ours and the peer's are measured right after one another, again
-and again, and the median of the pairs' ratios is judged. The garbage collector is on, with its defaults, as users have
-it; what earlier samples left is collected before a sample starts. First runs, which import and start threads, are not
-counted.
+Machines are shared and noisy, so what counts is a ratio: ours and the peer's are measured right after one another, many
+times, and the median of the pairs' ratios is judged. The garbage collector is on, with its defaults, as users have it;
+what earlier samples left is collected before a sample starts. First runs, which import and start threads, do not count.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -20,8 +20,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import anyio
-import peers
+import anyio.to_thread
 import psutil
+
+import peers
 from peers import Contestant, Method
 from report import Goal, Row, Sample
 
@@ -39,8 +41,8 @@ _EIGHTH: Final = Goal("at most", 1 / 8)
 def flood_serial(quick: bool) -> list[Row]:
     """Time submitting all jobs at once and gathering all: 10,000 of ours, 3,000 of DeepHyper's, per job.
 
-    Each sample has an evaluator of its own, which has run 10 jobs before. DeepHyper gets fewer jobs since its cost per job
-    grows with their number.
+    Each sample has an evaluator of its own, which has run 10 jobs before. DeepHyper gets fewer jobs, as its
+    cost per job grows with their number.
     """
     samples = pairs(
         lambda: flood(lambda: peers.paraval("serial"), 10_000),
@@ -63,49 +65,52 @@ def flood_thread(quick: bool) -> list[Row]:
 def loop_deephyper(quick: bool) -> list[Row]:
     """Time the loop of a search, gather("BATCH", 1) and submit as many, after 3,000 jobs went through that loop.
 
-    Per job gathered. Both sides have their 3,000 jobs behind them, and stay alive while segments of the loop are timed in
-    turn: 200 jobs of DeepHyper's, whose cost still grows, 1,000 of ours.
+    Per job gathered. Both sides have their 3,000 jobs behind them (a quick run floods them with these instead), and
+    live on while segments of the loop are timed in turn: 200 jobs of DeepHyper's, whose cost still grows, 1,000 of
+    ours.
     """
     rows = []
     for method in _METHODS:
         with peers.paraval(method) as ours, peers.deephyper(method) as theirs:
-            ours.loop(_DEEPHYPER_JOBS)
-            theirs.loop(_DEEPHYPER_JOBS)
-            samples = pairs(
-                lambda ours=ours: ours.loop(1_000) * _US,  # type: ignore[misc]
-                lambda theirs=theirs: theirs.loop(200) * _US,  # type: ignore[misc]
-                3 if quick else 7,
-            )
+            for contestant in (ours, theirs):
+                (contestant.flood if quick else contestant.loop)(_DEEPHYPER_JOBS)
+            samples = loop_pairs(ours, 1_000, theirs, 200, rounds=3 if quick else 9)
         rows.append(Row(f"one in, one out, {method}", "µs/job", f"DeepHyper {method}, after 3,000", _EIGHTH, samples))
     return rows
 
 
 def loop_thread_pool(quick: bool) -> list[Row]:
-    """Time the loop of a search in threads, against wait(FIRST_COMPLETED) and submit as many on the bare executor."""
+    """Time the loop of a search in threads, against wait(FIRST_COMPLETED) and submit as many on the bare executor.
+
+    Both depend on how quickly the system wakes threads, which changes from one moment to the next: so the segments are
+    short (500 jobs), and many.
+    """
     with peers.paraval("thread") as ours, peers.BareThreadPool() as theirs:
         ours.loop(1_000)
         theirs.loop(1_000)
-        samples = pairs(lambda: ours.loop(2_000) * _US, lambda: theirs.loop(2_000) * _US, 7 if quick else 21)
+        samples = loop_pairs(ours, 500, theirs, 500, rounds=21 if quick else 101)
     return [Row("one in, one out, thread", "µs/job", "ThreadPoolExecutor", Goal("at most", 4.0), samples)]
 
 
 def growth(quick: bool) -> list[Row]:
     """Time the loop of a search after 50,000 jobs ("ours") and after 1,000 ("theirs") of the same evaluator.
 
-    1,000 jobs of the loop are timed each time. The jobs between are floods of 1,000, which lie between the two for a
-    second only, so that the machine has little time to change. All jobs stay in the evaluator and in its storage.
+    Each figure is the median of 7 segments of 300 jobs. The jobs between come as floods of 1,000, so that less than a
+    second lies between the two figures and the machine has little time to change. All jobs stay in the evaluator and in
+    its storage.
     """
     rows = []
     for method in _METHODS:
         samples = []
-        for _ in range(1 + (3 if quick else 11)):
+        for _ in range(1 + (2 if quick else 15)):
             gc.collect()
             with peers.paraval(method) as evaluator:
                 evaluator.loop(1_000)
-                young = evaluator.loop(1_000) * _US
-                for _ in range(48):
+                young = typical_loop(evaluator)
+                for _ in range(46):
                     evaluator.flood(1_000)
-                old = evaluator.loop(1_000) * _US
+                evaluator.loop(1_000)
+                old = typical_loop(evaluator)
             samples.append(Sample(old, young))
         rows.append(Row(f"growth: {method}, after 50,000", "µs/job", "after 1,000", Goal("at most", 1.15), samples[1:]))
     return rows
@@ -115,17 +120,18 @@ def utilisation(quick: bool) -> list[Row]:
     """Compute how busy workers are that sleep for 1 s a job, 5 jobs each, all submitted at once.
 
     The seconds that were asked for (jobs x 1 s, not what the sleeps really took, which a busy loop makes longer) over
-    workers x the time from submit to the return of gather.
+    workers x the time from submit to the return of gather. DeepHyper comes last, as its import makes every pass of the
+    garbage collector longer; a quick run leaves it out.
     """
     rounds = 1 if quick else 3
-    few = pairs(
-        lambda: busy_share(peers.paraval, 1_920), lambda: busy_share(peers.deephyper, 1_920), rounds, warm_up=False
-    )
-    many = [Sample(busy_share(peers.paraval, 10_000)) for _ in range(rounds)]
+    many = [busy_share(peers.paraval, 10_000) for _ in range(rounds)]
+    few = [busy_share(peers.paraval, 1_920) for _ in range(rounds)]
+    theirs = [None if quick else busy_share(peers.deephyper, 1_920) for _ in range(rounds)]
+    peer = None if quick else "DeepHyper serial"
     goal_few, goal_many = Goal("at least", 0.96, "ours"), Goal("at least", 0.88, "ours")
     return [
-        Row("utilisation, serial, 1,920 workers", "", "DeepHyper serial", goal_few, few),
-        Row("utilisation, serial, 10,000 workers", "", None, goal_many, many),
+        Row("utilisation, serial, 1,920 workers", "", peer, goal_few, list(map(Sample, few, theirs))),
+        Row("utilisation, serial, 10,000 workers", "", None, goal_many, list(map(Sample, many))),
     ]
 
 
@@ -152,7 +158,7 @@ def import_time(quick: bool) -> list[Row]:
         "from paraval import Evaluator, SerialEvaluator",
         "import deephyper.evaluator",
     )
-    rounds = 2 if quick else 5
+    rounds = 1 if quick else 5
     for statement in (lazy, whole, theirs):
         import_seconds(statement)  # the first writes the bytecode
     times = [(import_seconds(lazy), import_seconds(whole), import_seconds(theirs)) for _ in range(rounds)]
@@ -171,8 +177,11 @@ def memory(quick: bool) -> list[Row]:
     """
     jobs = 20_000 if quick else 50_000
     goal = Goal("at most", 2.0, "ours")
-    peers.paraval("thread", function=small_result).flood(1_000)  # what is needed once
+    with peers.paraval("thread", function=small_result) as ours:  # what is needed once is not a job's
+        ours.flood(1_000)
     resident = [Sample(kept_bytes(lambda: peers.paraval("thread", function=small_result), jobs, resident_bytes) / 1024)]
+    with peers.deephyper("thread", function=small_result) as theirs:  # its import is not to be traced
+        theirs.flood(10)
     tracemalloc.start()
     traced = [
         Sample(
@@ -200,21 +209,26 @@ MEASURES: Final[dict[str, Measure]] = {
 }
 
 
-def pairs(ours: Callable[[], float], theirs: Callable[[], float], rounds: int, *, warm_up: bool = True) -> list[Sample]:
+def pairs(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> list[Sample]:
     """Measure the two in turn, the one that begins changing each time; a first pair is thrown away."""
     samples = []
-    for number in range(rounds + warm_up):
-        gc.collect()
-        if number % 2:
-            theirs_is = theirs()
+    for number in range(1 + rounds):
+        figures = {}
+        for contestant in (ours, theirs) if number % 2 else (theirs, ours):
             gc.collect()
-            ours_is = ours()
-        else:
-            ours_is = ours()
-            gc.collect()
-            theirs_is = theirs()
-        samples.append(Sample(ours_is, theirs_is))
-    return samples[warm_up:]
+            figures[contestant] = contestant()
+        samples.append(Sample(figures[ours], figures[theirs]))
+    return samples[1:]
+
+
+def loop_pairs(ours: Contestant, our_jobs: int, theirs: Contestant, their_jobs: int, *, rounds: int) -> list[Sample]:
+    """Time segments of the two loops in turn, in µs per job."""
+    return pairs(lambda: ours.loop(our_jobs) * _US, lambda: theirs.loop(their_jobs) * _US, rounds)
+
+
+def typical_loop(contestant: Contestant) -> float:
+    """Give the median of some segments of the loop, in µs per job."""
+    return statistics.median(contestant.loop(300) for _ in range(7)) * _US
 
 
 def flood(make: Callable[[], Contestant], jobs: int) -> float:
@@ -273,8 +287,7 @@ async def waiting_async(method: Method) -> float:
     """Give the share of a CPU that is used while gather_async waits, on the loop that is also the jobs' home."""
     async with waiting_evaluator(method).evaluator as evaluator:
         await evaluator.submit_async([{}])
-        while not _asleep.is_set():
-            await anyio.sleep(0.001)
+        await anyio.to_thread.run_sync(_asleep.wait)
         wall, cpu = time.perf_counter(), time.process_time()
         await evaluator.gather_async("ALL")
         return (time.process_time() - cpu) / (time.perf_counter() - wall)
@@ -287,9 +300,10 @@ def waiting_evaluator(method: Method) -> peers.Evaluator:
 
 
 def import_seconds(statement: str) -> float:
-    """Time one import in a fresh interpreter."""
+    """Time one import in a fresh interpreter, which may write bytecode: nobody's second import does without it."""
     code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     return float(shown.stdout.split()[-1])
 
 

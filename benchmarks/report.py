@@ -141,12 +141,10 @@ def write_json(path: Path, where: dict[str, Any], rows: Iterable[tuple[str, Row]
 
 def show(rows: Sequence[Row], where: dict[str, Any]) -> None:
     """Print the table: with rich where it is installed, else as plain text."""
-    title = (
-        f"paraval {where['versions']['paraval']} beside deephyper {where['versions']['deephyper']} and concurrent.futures"
-    )
-    caption = (
-        f"Python {platform.python_version()}, {where['cpu_count']} CPUs; medians, with the least and the most in brackets; "
-        "a ratio is ours over the peer's, the median of pairs measured right after one another."
+    versions = where["versions"]
+    print(
+        f"paraval {versions['paraval'] or '(not installed: from source)'} beside deephyper {versions['deephyper']} "
+        f"and concurrent.futures; Python {platform.python_version()}, {where['cpu_count']} CPUs"
     )
     lines = [_cells(row) for row in rows]
     try:
@@ -154,9 +152,9 @@ def show(rows: Sequence[Row], where: dict[str, Any]) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        _show_plainly(title, lines, caption)
+        _show_plainly(lines)
         return
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for head, justify in _COLUMNS:
         table.add_column(head, justify=justify)
     for row, line in zip(rows, lines, strict=True):
@@ -178,17 +176,15 @@ _COLUMNS: Final[tuple[tuple[str, Literal["left", "right"]], ...]] = (
 )
 
 
-def _show_plainly(title: str, lines: Sequence[Sequence[str]], caption: str) -> None:
+def _show_plainly(lines: Sequence[Sequence[str]]) -> None:
     grid = [tuple(head for head, _ in _COLUMNS), *lines]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    print(title)
     for line in grid:
         cells = (
             cell.rjust(width) if justify == "right" else cell.ljust(width)
             for cell, width, (_, justify) in zip(line, widths, _COLUMNS, strict=True)
         )
         print("  ".join(cells).rstrip())
-    print(caption)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

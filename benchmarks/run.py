@@ -1,6 +1,6 @@
 """Measure paraval beside its peers: one run, one table, ratios.
 
-    python benchmarks/run.py [--only NAME …] [--quick] [--strict] [--json FILE]
+python benchmarks/run.py [--only NAME …] [--quick] [--strict] [--json FILE]
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def main() -> int:
         print(f"{name}: {result} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         write_json(options.json, where, rows, failures)  # each time: an interrupted run keeps what it has
     show([row for _, row in rows], where)
-    print(f"every sample: {options.json}")
+    print("Medians, in brackets the least and the most. A ratio is ours over theirs, measured right after one another.")
+    print(f"Every sample: {options.json}")
+    for name, failure in failures.items():
+        print(f"NOT MEASURED: {name} {failure}")
     missed = options.strict and any(row.reached is False for _, row in rows)
     return 1 if failures or missed else 0
 

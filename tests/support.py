@@ -261,6 +261,27 @@ async def soon(awaitable: Awaitable[T]) -> T:
         return await awaitable
 
 
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call a function in a thread and wait for it without blocking the loop, but not for ever."""
+    ended = Latch()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function(*args))
+        except BaseException as exc:  # noqa: BLE001 - it is raised below, in the task of the test
+            errors.append(exc)
+        finally:
+            ended.open()
+
+    threading.Thread(target=call, daemon=True).start()
+    await ended.opened()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
 class Program:
     """A Python program in a process of its own."""
 

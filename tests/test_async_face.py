@@ -9,7 +9,6 @@ from contextlib import aclosing
 from typing import Any
 
 import anyio
-import anyio.to_thread
 import pytest
 from anyio.lowlevel import checkpoint
 
@@ -24,6 +23,7 @@ from support import (
     configurations,
     double,
     ids,
+    in_thread,
     make,
     outputs,
     soon,
@@ -112,7 +112,7 @@ async def test_more_than_is_in_flight_is_all_of_it_with_a_warning(method: str) -
     async with make(method, double) as evaluator:
         await evaluator.submit_async(configurations(2))
         with pytest.warns(UserWarning, match=r"BATCH.* 3\).* 2 in flight") as caught:
-            assert len(await soon(evaluator.gather_async("BATCH", 3))) == 2
+            assert len(await evaluator.gather_async("BATCH", 3)) == 2
         assert caught[0].filename == __file__
 
 
@@ -499,43 +499,54 @@ async def test_cancelling_by_asyncio_who_evaluates_cancels_the_job(method: str, 
 
 
 async def test_the_other_jobs_of_a_batch_outlive_a_cancelled_one(method: str) -> None:
-    """A cancelled job may end in its own time and way; the next in its batch are innocent."""
+    """A cancelled job may end in its own time and way; the next ones in its batch are innocent."""
     storage = CountingStorage()
-    started, hold = Latch(), Latch()
+    begin, started, hold = Latch(), Latch(), Latch()
 
     async def coroutine(job: RunningJob) -> Any:
-        if job["x"] == "guilty":
+        if job["x"] == "first":
+            await begin.opened()
+        elif job["x"] == "guilty":
             started.open()
             try:
                 await anyio.sleep_forever()
             except BaseException:  # noqa: BLE001 - a run-function may do so: it cleans up and returns what it has
                 return "partial"
-        await checkpoint()
-        await hold.opened()
+        else:
+            await checkpoint()
+            await hold.opened()
         return job["x"]
 
     def plain(job: RunningJob) -> Any:
-        if job["x"] == "guilty":
+        if job["x"] == "first":
+            begin.wait()
+        elif job["x"] == "guilty":
             started.open()
             while not job.stopped():
                 hold.peek(0.0005)
             return "partial"
-        hold.wait()
+        else:
+            hold.wait()
         return job["x"]
 
     function = coroutine if method == "serial" else plain
     async with make(method, function, num_workers=1, batching=4, kill_grace=0.05, storage=storage) as evaluator:
         async with anyio.create_task_group() as group:
+            evaluator.submit([{"x": "first"}])
+            await until_async(lambda: evaluator.statistics().running == 1)
             group.start_soon(evaluator.evaluate_async, {"x": "guilty"})
-            await until_async(lambda: evaluator.num_jobs_submitted == 1)
+            await until_async(lambda: evaluator.num_jobs_submitted == 2)
             evaluator.submit([{"x": "b"}, {"x": "c"}, {"x": "d"}])
-            await started.opened()
+            begin.open()
+            await started.opened()  # these four are one batch
             group.cancel_scope.cancel()
         await anyio.sleep(0.7)  # longer than the grace and its margin
         hold.open()
         jobs = await soon(evaluator.gather_async("ALL"))
-        assert {job.args["x"]: (job.status.name, job.output) for job in jobs} == {x: ("DONE", x) for x in "bcd"}
-        assert storage.load_job_status("0.0") == JobStatus.CANCELLED.value
+        assert {job.args["x"]: (job.status.name, job.output) for job in jobs} == {
+            x: ("DONE", x) for x in ("first", "b", "c", "d")
+        }
+        assert storage.load_job_status("0.1") == JobStatus.CANCELLED.value
         assert set(storage.terminal.values()) == {1}
 
 
@@ -586,13 +597,13 @@ async def test_blocking_calls_on_the_home_loop_are_refused(method: str, stage: S
 async def test_other_threads_may_call_synchronously(method: str, stage: Stage) -> None:
     async with make(method, stage.function(method), num_workers=2) as evaluator:
         stage.release_all()
-        await anyio.to_thread.run_sync(evaluator.submit, configurations(3))
-        jobs = await soon(anyio.to_thread.run_sync(evaluator.gather, "ALL"))
+        await in_thread(evaluator.submit, configurations(3))
+        jobs = await in_thread(evaluator.gather, "ALL")
         assert outputs(jobs) == [0, 1, 2]
-        job = await soon(anyio.to_thread.run_sync(evaluator.evaluate, {"x": 9}))
+        job = await in_thread(evaluator.evaluate, {"x": 9})
         assert job.output == 9
-        assert await soon(anyio.to_thread.run_sync(evaluator.close)) == []
-        await anyio.to_thread.run_sync(evaluator.submit, configurations(1))
+        assert await in_thread(evaluator.close) == []
+        await in_thread(evaluator.submit, configurations(1))
         assert outputs(await soon(evaluator.gather_async("ALL"))) == [0]
 
 
@@ -673,7 +684,7 @@ async def test_a_cancellation_around_the_block_stays_with_its_scope(method: str,
             stage.release(0)
             await until_async(lambda: evaluator.statistics().done == 1)
             scope.cancel()
-            await soon(evaluator.gather_async("ALL"))
+            await checkpoint()
             pytest.fail("the cancellation was swallowed")
     assert scope.cancelled_caught
     assert [job.status for job in evaluator.jobs] == [JobStatus.DONE, JobStatus.CANCELLED, JobStatus.CANCELLED]
@@ -682,6 +693,23 @@ async def test_a_cancellation_around_the_block_stays_with_its_scope(method: str,
     evaluator.submit([{"x": 0}])
     assert outputs(evaluator.gather("ALL")) == [0]
     evaluator.close()
+
+
+async def test_a_cancellation_around_the_block_interrupts_a_gather(method: str, stage: Stage) -> None:
+    gathered: list[Job] = []
+    with anyio.CancelScope() as scope:
+        async with make(method, stage.function(method), num_workers=2) as evaluator:
+            await evaluator.submit_async(configurations(3))
+            await stage.started(1).opened()
+            stage.release(0)
+            await until_async(lambda: evaluator.statistics().done == 1)
+            scope.cancel()
+            gathered += await evaluator.gather_async("ALL")
+            await checkpoint()
+            pytest.fail("the cancellation was swallowed")
+    assert scope.cancelled_caught
+    gathered += evaluator.gather("ALL")
+    assert outputs(job for job in gathered if job.status is JobStatus.DONE) == [0]
 
 
 async def test_a_cancelled_group_inside_the_block_stays_with_its_scope(method: str, stage: Stage) -> None:

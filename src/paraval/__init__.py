@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any, Final
 
+TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer to import than all the rest
 if TYPE_CHECKING:
+    from typing import Any, Final
+
     from paraval.backends.executor import ExecutorEvaluator as ExecutorEvaluator
     from paraval.backends.loky import LokyEvaluator as LokyEvaluator
     from paraval.backends.serial import SerialEvaluator as SerialEvaluator

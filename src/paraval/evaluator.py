@@ -455,7 +455,7 @@ class Evaluator(abc.ABC):
             engine.cancel(job, message)
 
     def _refuse_lost(self, job: Job) -> None:
-        if not job.status.is_terminal:  # the engine failed before it could settle the job
+        if self._ledger.is_private(job):  # the engine failed before it could settle the job, or save it
             raise self._ledger.failure or ParavalError(f"job {job.id} was lost")
 
     # -- jobs of others ------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def error_from_exception(exc: BaseException) -> JobError:
     return JobError(
         kind="exception",
         message=message,
-        type="".join([type(exc).__name__]),
+        type="".join([type(exc).__name__]),  # noqa: FLY002 - exactly a str, as above
         traceback=text,
         host=_HOST,
         pid=os.getpid(),

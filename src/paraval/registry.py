@@ -6,13 +6,14 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Final
 
 from paraval.errors import BadValueError, MissingExtraError
 from paraval.functions import is_async
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from paraval.evaluator import Evaluator
 
 __all__ = ["Method", "default_method", "method", "methods"]
@@ -92,6 +93,8 @@ _GROUP: Final = "paraval.evaluators"
 def methods() -> dict[str, Method]:
     """Give every known method, ours first."""
     found = {name: _own(name, where) for name, where in _BUILT_IN.items()}
+    from importlib.metadata import entry_points  # here: it takes a while to import, and only this needs it
+
     for entry in entry_points(group=_GROUP):
         found.setdefault(entry.name, _foreign(entry))
     return found

@@ -135,6 +135,8 @@ class Batch:
 
     def take(self) -> Job | None:
         """Start the next job; None when there is none left."""
+        if not self._todo:  # a raised exception costs more than this look
+            return None
         try:
             job = self._todo.pop()
         except IndexError:
@@ -263,9 +265,11 @@ def failure_of(exc: BaseException, retry_on: tuple[type[BaseException], ...] = (
     A cancellation that comes from above is raised on. One that the run-function made up itself (it awaited a task that
     was cancelled) is its failure.
     """
-    if isinstance(exc, GeneratorExit):
-        raise exc
-    if isinstance(exc, anyio.get_cancelled_exc_class()) and anyio.current_effective_deadline() == -math.inf:
+    try:
+        cancelled = anyio.get_cancelled_exc_class()
+    except anyio.NoEventLoopError:  # the coroutine is being closed: its loop was dropped while it ran
+        raise exc from None
+    if isinstance(exc, cancelled) and anyio.current_effective_deadline() == -math.inf:
         raise exc
     return Outcome(error=error_from_exception(exc), may_retry=isinstance(exc, retry_on))
 

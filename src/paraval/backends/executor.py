@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 import queue
 import time
 import uuid
 from collections.abc import Callable
 from concurrent import futures
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
-from signal import Signals
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, ClassVar, Final
 
 import anyio
 import anyio.to_thread
 
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError
-from paraval.backends.futures import Call, Pool, SharedPool
+from paraval.backends.futures import Call, ExecutorSlot, Pool, RefusedError, SharedPool
 from paraval.backends.process import _outcome
 from paraval.backends.thread import _JobThread
 from paraval.errors import BadValueError, WrongTypeError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
-from paraval.job import Job
+from paraval.job import Job, JobStatus
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.worker.board import Board
 from paraval.worker.main import Sealed
@@ -34,36 +34,33 @@ __all__ = ["ExecutorEvaluator"]
 _MOST_AT_ONCE: Final = 64
 _SMALL: Final = 1 << 14
 """A program of so many bytes goes along with every call; a larger one only to where it is not known."""
+_SUPERVISION_S: Final = 0.5
 _LOOK_S: Final = 0.05
 """How often to look whether a call has begun, where the time of a job is limited."""
-_CODES_S: Final = 0.2
-"""How long after a break to wait for the exit code of the process that died."""
-
-_PASS_A_FACTORY: Final = "pass a factory, as in executor=lambda: ProcessPoolExecutor(), to have a broken one replaced"
 
 
 class ExecutorEvaluator(Evaluator):
     """Runs run-functions in an executor of yours: any ``concurrent.futures.Executor``, or a factory of one.
 
     For pools that a program has anyway, and for those of other libraries (``client.get_executor()`` of dask). In a
-    ``ThreadPoolExecutor`` run-functions are called as they are; to any other executor they are sent, by value if need be,
-    so that lambdas and closures work. What a job there stores (``job.record()``) arrives with its outcome, and a stopper
-    sees its own job only. An ``async`` run-function runs on an event loop of the worker.
+    ``ThreadPoolExecutor`` run-functions are called as they are; to any other executor they are sent, by value if need
+    be, so that lambdas and closures work. What a job there stores (``job.record()``) arrives with its outcome, and a
+    stopper sees its own job only. An ``async`` run-function runs on an event loop of the worker.
 
-    Cancellation is cooperative: ``job.stopped()`` turns true (in another process: of this machine), a coroutine is
-    cancelled; a job that goes on is given up after ``kill_grace`` seconds, and its slot is not used again until the call
-    has really returned.
+    Cancellation is cooperative: ``job.stopped()`` turns true (in other processes: those of this machine), a coroutine
+    is cancelled; a job that goes on is given up after ``kill_grace`` seconds, and its slot is not used again until the
+    call has really returned.
 
-    A pool of processes breaks as a whole when one of them dies. With a factory it is replaced, and the jobs that were in
-    it are run again, each in an executor of its own: so only the job fails that is to blame. Without a factory they all
-    fail, and so does every later job.
+    A pool of processes breaks as a whole when one of them dies. With a factory it is replaced, and the jobs that were
+    in it are run again, each in an executor of its own: so only the job fails that is to blame. Without a factory they
+    all fail, and so does every later job.
 
     See :class:`~paraval.Evaluator` for the other arguments; ``num_workers`` is how many calls are in the executor at a
     time, so it should not exceed the executor's own number of workers.
 
     Args:
-        executor: an executor, which the evaluator never shuts down; or a function without arguments that makes one, which
-            is shut down at ``close``.
+        executor: an executor, which the evaluator never shuts down; or a function without arguments that makes one,
+            which is shut down at ``close``.
 
     Raises:
         TypeError: ``executor`` is neither, or the factory makes something else.
@@ -94,7 +91,7 @@ class ExecutorBackend(Backend):
     Args:
         executor: as the evaluator's.
         spec: its run-function is refused when it must be sent and cannot be.
-        job_timeout: of the evaluator. With it jobs travel one by one, as a call does not tell which job is current.
+        job_timeout: of the evaluator. With it jobs travel one by one, so that it is known which one takes long.
     """
 
     cancellation: ClassVar[Cancellation] = "cooperative"
@@ -103,19 +100,20 @@ class ExecutorBackend(Backend):
         self.job_timeout = job_timeout
         self._factory: Callable[[], Executor] | None = None
         if isinstance(executor, Executor):
-            self._first: Executor | None = executor
+            self._next: Executor | None = executor
         elif callable(executor):
             self._factory = lambda: _made_by(executor)
-            self._first = self._factory()
+            self._next = self._factory()
         else:
             raise WrongTypeError(
                 "executor must be a concurrent.futures.Executor, or a function without arguments that makes one, "
                 f"not {executor!r}"
             )
-        self._is_local = _is_local(self._first)
+        self._is_local = _is_local(self._next)
         self.batch_limit = None if self._is_local else _MOST_AT_ONCE if job_timeout is None else 1
         self._shared: SharedPool | None = None
-        self._program: tuple[Any, str, Program] | None = None
+        self._program: tuple[str, Program] | None = None
+        self._program_of: list[Any] = []
         if not self._is_local:
             try:
                 self.program(spec)
@@ -130,12 +128,18 @@ class ExecutorBackend(Backend):
             return LocalSlot(spec, self._shared)
         return RemoteSlot(spec, self._shared, self)
 
+    async def supervise(self) -> None:
+        while True:
+            await anyio.sleep(_SUPERVISION_S)
+            for pool in list(self._shared.pools) if self._shared is not None else ():
+                pool.look_after()
+
     def _make_pool(self) -> Pool:
-        if self._factory is None:
-            assert self._first is not None
-            return Pool(self._first, is_ours=False)
-        first, self._first = self._first, None
-        return Pool(self._factory() if first is None else first, is_ours=True)
+        executor = self._next
+        if self._factory is not None:
+            self._next = None
+            executor = self._factory() if executor is None else executor
+        return Pool(_checked(executor, "executor"), is_ours=self._factory is not None)
 
     def program(self, spec: RunSpec) -> tuple[str, Program]:
         """Give what is the same for all calls, and the token that names it.
@@ -143,12 +147,20 @@ class ExecutorBackend(Backend):
         Raises:
             PicklingFailed: it cannot be sent.
         """
-        key = (spec.stopper, dict(spec.kwargs))
-        if self._program is None or self._program[0] != key:
-            function = dumps((spec.function, spec.kwargs, spec.stopper), "the run-function")
-            retry_on = dumps(spec.retry_on, "retry_on") if spec.retry_on else None
-            self._program = key, uuid.uuid4().hex, Program(function, is_async(spec.function), retry_on)
-        return self._program[1:]
+        # By identity: arrays have no plain equality, and what is changed in place would have to be pickled to be seen.
+        now = [spec.stopper, *spec.kwargs, *spec.kwargs.values()]
+        same = len(now) == len(self._program_of) and all(map(operator.is_, now, self._program_of))
+        if self._program is None or not same:
+            program = Program(
+                function=dumps(spec.function, "the run-function"),
+                kwargs=dumps(spec.kwargs, "run_function_kwargs"),
+                stopper=dumps(spec.stopper, "the stopper"),
+                is_async=is_async(spec.function),
+                retry_on=dumps(spec.retry_on, "retry_on"),
+            )
+            self._program_of = now
+            self._program = uuid.uuid4().hex, program
+        return self._program
 
 
 def _made_by(factory: Callable[[], object]) -> Executor:
@@ -158,108 +170,19 @@ def _made_by(factory: Callable[[], object]) -> Executor:
         raise BadValueError(
             f"the factory of executors {describe(factory)} failed: {type(exc).__name__}: {exc}"
         ) from exc
-    if not isinstance(made, Executor):
-        raise WrongTypeError(
-            f"the factory of executors {describe(factory)} must make a concurrent.futures.Executor, not {made!r}"
-        )
-    return made
+    return _checked(made, f"what the factory {describe(factory)} makes")
+
+
+def _checked(value: object, what: str) -> Executor:
+    if not isinstance(value, Executor):
+        raise WrongTypeError(f"{what} must be a concurrent.futures.Executor, not {value!r}")
+    return value
 
 
 def _is_local(executor: Executor) -> bool:
     """Whether calls share the objects of this interpreter, as far as can be known."""
     in_interpreters = getattr(futures, "InterpreterPoolExecutor", ())  # Python 3.14; it is a ThreadPoolExecutor
     return isinstance(executor, ThreadPoolExecutor) and not isinstance(executor, in_interpreters)
-
-
-class _RefusedError(Exception):
-    """There is no executor that takes the call."""
-
-
-class ExecutorSlot(Slot):
-    """A place for one call at a time."""
-
-    def __init__(self, spec: RunSpec, shared: SharedPool) -> None:
-        self._spec = spec
-        self._shared = shared
-        self._left: tuple[Pool, Call] | None = None
-        shared.join()
-
-    async def recover(self) -> None:
-        if self._left is not None:
-            pool, call = self._left
-            await call.wait()
-            pool.forget(call)
-            self._left = None
-
-    async def close(self) -> None:
-        await self._shared.leave()
-
-    async def _submit(self, function: Callable[..., Any], *args: Any) -> tuple[Pool, Call]:
-        """Submit a call; if need be, to a new executor.
-
-        Raises:
-            _RefusedError: there is none that takes it.
-        """
-        failure: BaseException | None = None
-        for _ in range(2 if self._shared.replaces else 1):
-            try:
-                pool = await self._pool()
-            except (BadValueError, WrongTypeError) as exc:
-                raise _RefusedError(str(exc)) from exc
-            failure = pool.failure
-            if failure is None:
-                try:
-                    return pool, await pool.submit(function, *args)
-                except Exception as exc:  # noqa: BLE001 - it is broken, or shut down, or somebody's own
-                    failure = exc
-                    if self._shared.replaces or isinstance(exc, BrokenExecutor):
-                        pool.failure = exc
-        reason = f"the executor takes no job ({type(failure).__name__}: {failure})"
-        raise _RefusedError(reason if self._shared.replaces else f"{reason}: {_PASS_A_FACTORY}") from failure
-
-    async def _pool(self) -> Pool:
-        return await self._shared.current()
-
-    async def _ended(self, pool: Pool, call: Call) -> Any:
-        """Give what an ended call returned.
-
-        Raises:
-            WorkerDiedError: the executor lost it.
-            _RefusedError: likewise, and there will not be another.
-        """
-        pool.forget(call)
-        failure = call.failure
-        if failure is None:
-            return call.future.result()
-        if not isinstance(failure, BrokenExecutor):
-            lost = JobError("worker_died", f"the executor lost the job: {type(failure).__name__}: {failure}")
-            raise WorkerDiedError(lost) from failure
-        pool.failure = failure
-        if not self._shared.replaces:
-            raise _RefusedError(f"the executor broke while it had the job ({failure}): {_PASS_A_FACTORY}") from failure
-        raise WorkerDiedError(await _cause_of_death(pool, failure), alone=call.alone) from failure
-
-    def _fail_all(self, batch: Batch, exc: _RefusedError) -> None:
-        now = self._spec.clock()
-        for job in batch.in_hand or list(batch.take_all().values()):
-            batch.finish_sent(job, Outcome(error=JobError("worker_died", str(exc))), now, now)
-
-
-async def _cause_of_death(pool: Pool, failure: BaseException) -> JobError:
-    """Say how a process of an executor died. It ends the others by SIGTERM then."""
-    codes = pool.exit_codes
-    give_up = time.monotonic() + _CODES_S
-    while codes is not None and all(code == -Signals.SIGTERM for code in codes) and time.monotonic() < give_up:
-        await anyio.sleep(0.01)
-        codes = pool.exit_codes
-    code = min(codes or [], key=lambda code: code == -Signals.SIGTERM, default=None)
-    if code is None:
-        return JobError("worker_died", f"the executor broke while it ran the job: {failure}")
-    if code >= 0:
-        how = f"ended with exit code {code}"
-        return JobError("worker_died", f"a process of the executor {how} while it ran the job", exit_code=code)
-    name = Signals(-code).name if -code in set(Signals) else f"signal {-code}"
-    return JobError("worker_died", f"a process of the executor was killed by {name} while it ran the job", signal=-code)
 
 
 class LocalSlot(ExecutorSlot):
@@ -275,17 +198,15 @@ class LocalSlot(ExecutorSlot):
             try:
                 await call.wait()
             except BaseException:
-                if call.future.cancel():  # it had not begun
-                    pool.forget(call)
-                    raise
-                runner.cancel_coroutine()
                 self._left = pool, call
-                with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.kill_grace):
-                    await call.wait()
+                if not call.future.cancel():  # else it had not begun
+                    runner.cancel_coroutine()
+                    with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.kill_grace):
+                        await call.wait()
                 raise
-            await self._ended(pool, call)
-        except _RefusedError as exc:
-            self._fail_all(batch, exc)
+            await self._result(pool, call)
+        except RefusedError as exc:
+            self._fail_all(batch, JobError("worker_died", str(exc)))
         except WorkerDiedError:
             batch.take_all()  # it never got to them: the executor's own initializer failed, say
             raise
@@ -295,13 +216,15 @@ class RemoteSlot(ExecutorSlot):
     """Sends batches to where the objects of this process are not known.
 
     Jobs that were in an executor when it broke are suspect. Each of them is then run in an executor that nobody else
-    uses, which shows whose fault it was, and holds the other slots up for nothing.
+    uses, which shows whose fault it was, and holds up no other slot.
     """
 
     def __init__(self, spec: RunSpec, shared: SharedPool, backend: ExecutorBackend) -> None:
         super().__init__(spec, shared)
         self._backend = backend
         self._board = Board()
+        self._board_is_seen = False
+        self._submitted = 0.0
         self._own: Pool | None = None
         self._wants_own = False
         self._known: str | None = None
@@ -315,9 +238,11 @@ class RemoteSlot(ExecutorSlot):
         self._wants_own = not suspects.isdisjoint(sent)
         job_ids = list(sent)
         try:
-            await self._take(batch, sent, await self._report(batch, jobs))
-        except _RefusedError as exc:
-            self._fail_all(batch, exc)
+            await self._take(batch, await self._report(batch, jobs))
+        except RefusedError as exc:
+            self._fail_all(batch, JobError("worker_died", str(exc)))
+        except PicklingFailed as exc:  # static arguments that were changed since the evaluator was made
+            self._fail_all(batch, JobError("exception", str(exc), type="PicklingError"))
         except WorkerDiedError:
             suspects.update(job_ids)
             raise
@@ -348,83 +273,94 @@ class RemoteSlot(ExecutorSlot):
         if own is not None:
             await own.close()
 
+    # -- the call ------------------------------------------------------------------------------------------------------
+
     async def _report(self, batch: Batch, jobs: list[tuple[str, Any]]) -> Report:
         """Have jobs run."""
         token, program = self._backend.program(self._spec)
-        is_known = self._known == token and len(program.function) > _SMALL
-        report = await self._call(batch, token, None if is_known else program, jobs)
-        if report is None:
-            report = await self._call(batch, token, program, jobs)
-            assert report is not None
-        self._known = token
-        return report
+        is_small = len(program.function) + len(program.kwargs) + len(program.stopper) <= _SMALL
+        for along in (program if is_small or self._known != token else None, program):
+            report = await self._call(batch, token, along, jobs)
+            if report is not None:
+                self._known = token
+                return report
+        raise RefusedError("the executor dropped what it was sent")
 
     async def _call(
         self, batch: Batch, token: str, program: Program | None, jobs: list[tuple[str, Any]]
     ) -> Report | None:
         self._board.clear()
+        self._submitted = time.monotonic()
         pool, call = await self._submit(run_jobs, token, program, jobs, self._board.path)
         try:
-            await self._wait(batch, call)
+            await self._wait(batch, pool, call)
         except BaseException:
             self._left = pool, call
             with anyio.CancelScope(shield=True):
-                await self._stop(batch, pool, call)
+                await self._stop(batch, jobs, pool, call)
             raise
-        report: Report | None = await self._ended(pool, call)
+        report: Report | None = await self._result(pool, call)
         return report
 
-    async def _wait(self, batch: Batch, call: Call) -> None:
+    async def _wait(self, batch: Batch, pool: Pool, call: Call) -> None:
         """Wait for the end. Where the time of a job is limited, none passes before it has begun."""
-        limit = self._backend.job_timeout
-        job = batch.current
-        while limit is not None and job is not None and not self._board.started:
-            with anyio.move_on_after(min(_LOOK_S, limit / 4)):
-                await call.wait()
-                return
-            if not call.future.running() or self._board.started:
-                job._started = self._spec.clock()
+        if self._backend.job_timeout is not None:
+            batch.waits_for_worker = True
+            while not self._has_begun(pool, call):
+                with anyio.move_on_after(_LOOK_S):
+                    await call.wait()
+                    return
+            batch.worker_is_ready()
         await call.wait()
 
-    async def _stop(self, batch: Batch, pool: Pool, call: Call) -> None:
+    def _has_begun(self, pool: Pool, call: Call) -> bool:
+        if self._board.current is not None:
+            self._board_is_seen = True
+            return True
+        # A worker on another machine cannot say so: then what the executor says must do, which is less exact.
+        is_silent = not (self._board_is_seen or pool.is_of_processes)
+        return is_silent and call.future.running()
+
+    async def _stop(self, batch: Batch, jobs: list[tuple[str, Any]], pool: Pool, call: Call) -> None:
         """Ask a call to end, and wait for that: at the longest for the grace. It hands in what it has done by then."""
-        self._board.stop()
-        if pool.cancels_futures:
+        self._board.hold()
+        place = self._board.current
+        if place is not None:
+            job = next((job for job in batch.in_hand if job.id == jobs[place][0]), None)
+            if job is not None and job._status is JobStatus.CANCELLING:  # else another is meant, which never begins now
+                self._board.stop(place)
+        if not pool.is_of_processes:
             call.future.cancel()
-        # One that has not begun runs nothing when its turn comes: there is nothing to wait for.
-        if call.future.running() or self._board.started:
+        # A call that has not begun runs nothing when its turn comes: there is nothing to wait for.
+        if place is not None or call.future.running():
             with anyio.move_on_after(self._spec.kill_grace):
                 await call.wait()
         if call.future.done() and call.failure is None and isinstance(report := call.future.result(), Report):
             for done in report.done:
                 await self._hand_in(batch, done, 0.0)
 
+    # -- what goes there, and what comes back --------------------------------------------------------------------------
+
     def _seal(self, batch: Batch, sent: dict[str, Job]) -> list[tuple[str, Any]]:
         items: list[tuple[str, Any]] = []
         for job in list(sent.values()):
             try:
-                args = job.args if is_plain(job.args) else Sealed(dumps(job.args, "the arguments"))
+                items.append((job.id, job.args if is_plain(job.args) else Sealed(dumps(job.args, "the arguments"))))
             except PicklingFailed as exc:
                 now = self._spec.clock()
                 batch.finish_sent(job, Outcome(error=JobError("exception", str(exc), type="PicklingError")), now, now)
-            else:
-                items.append((job.id, args))
         return items
 
-    async def _take(self, batch: Batch, sent: dict[str, Job], report: Report) -> None:
+    async def _take(self, batch: Batch, report: Report) -> None:
         if report.broken is not None:
             error = JobError(*report.broken)
-            error = error._replace(message=f"the run-function could not be loaded by the executor: {error.message}")
-            now = self._spec.clock()
-            for job in list(sent.values()):
-                batch.finish_sent(job, Outcome(error=error), now, now)
+            message = f"the run-function could not be loaded by the executor: {error.message}"
+            self._fail_all(batch, error._replace(message=message))
             return
-        # The clocks of two machines have nothing to do with one another: what came back has ended by now.
+        # The clocks of two machines have nothing to do with one another; but what came back has ended by now.
         now = time.monotonic()
-        is_ours = all(
-            done.finished <= now and done.started >= batch.created + self._spec.origin for done in report.done
-        )
-        shift = 0.0 if is_ours or not report.done else now - report.done[-1].finished
+        is_same_clock = all(self._submitted <= done.started <= done.finished <= now for done in report.done)
+        shift = 0.0 if is_same_clock else now - report.done[-1].finished
         for done in report.done:
             await self._hand_in(batch, done, shift)
         batch.leave_out(report.left)

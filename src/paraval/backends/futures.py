@@ -6,21 +6,32 @@ Also the executor behind the calls: when it is made, when it has to be replaced,
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from signal import Signals
 from typing import Any, Final
 
 import anyio
 import anyio.to_thread
 
+from paraval.backends.base import Batch, RunSpec, Slot, WorkerDiedError
+from paraval.errors import ParavalError
 from paraval.loops import Loop
+from paraval.outcome import JobError, Outcome
 
-__all__ = ["Call", "Pool", "SharedPool"]
+__all__ = ["Call", "ExecutorSlot", "Pool", "RefusedError", "SharedPool"]
 
 _QUICK_S: Final = 0.005
 """After a submit that took longer, the next is made in a thread."""
 _CLOSE_S: Final = 0.4
+_CODES_S: Final = 0.2
+"""How long after a break to wait for the exit code of the process that died."""
+_ADVICE: Final = "pass a factory, as in executor=lambda: ProcessPoolExecutor(), to have a broken one replaced"
+
+_starting = threading.Lock()
 
 
 class Call:
@@ -37,6 +48,7 @@ class Call:
     def __init__(self, future: Future[Any]) -> None:
         self.future = future
         self.alone = True
+        self._given_up: BaseException | None = None
         loop = Loop.running()
         self._ended = loop.event()
         future.add_done_callback(lambda _future: loop.call_soon(self._ended.set))
@@ -48,10 +60,17 @@ class Call:
     @property
     def failure(self) -> BaseException | None:
         """What is raised instead of a result, once the call has ended."""
+        if self._given_up is not None and not self.future.done():
+            return self._given_up
         try:
             return self.future.exception(timeout=0)
         except BaseException as exc:  # noqa: BLE001 - it was cancelled
             return exc
+
+    def give_up(self, reason: BaseException) -> None:
+        """Have it end though its future does not."""
+        self._given_up = reason
+        self._ended.set()
 
 
 class Pool:
@@ -63,21 +82,23 @@ class Pool:
 
     Attributes:
         failure: why it takes no calls any more; None: it does.
+        is_of_processes: its workers are processes of this machine. (Such a pool must not have a future cancelled: when
+            it breaks then, it may forget the others, in Python before 3.12.1.)
     """
 
     def __init__(self, executor: Executor, *, is_ours: bool) -> None:
-        self.executor = executor
         self.failure: BaseException | None = None
-        # A cancelled future can make a breaking ProcessPoolExecutor forget the others (CPython before 3.12.1).
-        self.cancels_futures = not isinstance(executor, ProcessPoolExecutor)
+        self.is_of_processes = isinstance(executor, ProcessPoolExecutor)
+        self._executor = executor
         self._is_ours = is_ours
         self._calls: set[Call] = set()
+        self._dead: set[int] = set()
         self._is_slow = True  # the first submit may start processes
 
     async def submit(self, function: Callable[..., Any], *args: Any) -> Call:
         """Submit a call; whatever the executor raises is raised."""
         if self._is_slow:
-            future, seconds = await anyio.to_thread.run_sync(self._submit, function, args)
+            future, seconds = await anyio.to_thread.run_sync(self._submit_first, function, args)
         else:
             future, seconds = self._submit(function, args)
         self._is_slow = seconds > _QUICK_S
@@ -89,41 +110,77 @@ class Pool:
         self._calls.add(call)
         return call
 
+    def _submit_first(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Future[Any], float]:
+        # One at a time: of two pools that fork at once, one process may inherit what tells of the other's end.
+        with _starting:
+            return self._submit(function, args)
+
     def _submit(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Future[Any], float]:
         began = time.monotonic()
-        return self.executor.submit(function, *args), time.monotonic() - began
+        return self._executor.submit(function, *args), time.monotonic() - began
 
     def forget(self, call: Call) -> None:
         """Take note that a call has ended."""
         self._calls.discard(call)
 
-    @property
-    def exit_codes(self) -> list[int] | None:
-        """The exit codes of its processes that have ended; None where that cannot be seen."""
-        processes = getattr(self.executor, "_processes", None)
-        if not isinstance(processes, dict):
-            return None
-        codes = [getattr(process, "exitcode", None) for process in list(processes.values())]
-        return [code for code in codes if code is not None]
+    def look_after(self) -> None:
+        """See to it, when called now and then, that no call waits for ever for a process that is dead.
+
+        The executor notices as a rule. Not so where a fork has inherited what would tell it.
+        """
+        dead = {process.pid for process in self._processes() if getattr(process, "exitcode", None) is not None}
+        if self._dead & dead:  # since the last look, and the calls are there still
+            for call in self._calls:
+                call.give_up(BrokenExecutor("a process of the executor has ended"))
+        self._dead = dead
+
+    async def cause_of_death(self) -> JobError:
+        """Say how a process of a broken executor died, as far as that can be seen."""
+        give_up = time.monotonic() + _CODES_S
+        # When one process dies, a pool of Python's ends the others by SIGTERM.
+        while (codes := self._exit_codes()) is not None and all(code == -Signals.SIGTERM for code in codes):
+            if time.monotonic() > give_up:
+                break
+            await anyio.sleep(0.01)
+        code = min(codes or [], key=lambda code: code == -Signals.SIGTERM, default=None)
+        if code is None:
+            return JobError("worker_died", f"the executor broke while it ran the job: {self.failure}")
+        if code >= 0:
+            message = f"a process of the executor ended with exit code {code} while it ran the job"
+            return JobError("worker_died", message, exit_code=code)
+        try:
+            name = Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return JobError(
+            "worker_died", f"a process of the executor was killed by {name} while it ran the job", signal=-code
+        )
+
+    def _exit_codes(self) -> list[int] | None:
+        codes = [getattr(process, "exitcode", None) for process in self._processes()]
+        return [code for code in codes if code is not None] if codes else None
+
+    def _processes(self) -> list[Any]:
+        """Give its processes, where it is one of Python's own."""
+        processes = getattr(self._executor, "_processes", None)
+        return list(processes.values()) if isinstance(processes, dict) else []
 
     async def close(self) -> None:
-        """Shut it down, if it is ours, within a fraction of a second. Processes that still run a call are killed."""
+        """Shut it down, if it is ours, within a fraction of a second. Processes that may still run a call are killed."""
         if not self._is_ours:
             return
         self._is_ours = False
-        processes = getattr(self.executor, "_processes", None)
-        if self._calls and isinstance(processes, dict):
-            for process in list(processes.values()):
-                with contextlib.suppress(Exception):  # it has ended
-                    process.kill()
+        for process in self._processes() if self._calls or self.failure is not None else ():
+            with contextlib.suppress(Exception):  # it has ended
+                process.kill()
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_S):
             await anyio.to_thread.run_sync(self._shut_down, abandon_on_cancel=True)
 
     def _shut_down(self) -> None:
         try:
-            self.executor.shutdown(wait=True, cancel_futures=True)
+            self._executor.shutdown(wait=True, cancel_futures=True)
         except TypeError:  # an executor of somebody's own, from before there was cancel_futures
-            self.executor.shutdown(wait=True)
+            self._executor.shutdown(wait=True)
 
 
 class SharedPool:
@@ -135,12 +192,14 @@ class SharedPool:
 
     Attributes:
         suspects: ids of jobs that were in a pool when it broke and have not been run to their end since.
+        pools: every pool that is in use.
     """
 
     def __init__(self, make: Callable[[], Pool], *, replaces: bool) -> None:
-        self.loop = Loop.running()
         self.replaces = replaces
         self.suspects: set[str] = set()
+        self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+        self._loop = Loop.running()
         self._make = make
         self._users = 0
         self._pool: Pool | None = None
@@ -149,7 +208,7 @@ class SharedPool:
     @property
     def is_in_use(self) -> bool:
         """Whether a slot of the running loop uses it."""
-        return self._users > 0 and self.loop is Loop.running()
+        return self._users > 0 and self._loop is Loop.running()
 
     def join(self) -> None:
         """Say that one more slot uses it."""
@@ -174,4 +233,83 @@ class SharedPool:
 
     async def new(self) -> Pool:
         """Make another pool, for one slot alone."""
-        return await anyio.to_thread.run_sync(self._make)
+        pool = await anyio.to_thread.run_sync(self._make)
+        self.pools.add(pool)
+        return pool
+
+
+class RefusedError(Exception):
+    """There is no executor that takes the call."""
+
+
+class ExecutorSlot(Slot):
+    """A place for one call at a time in an executor that is shared."""
+
+    def __init__(self, spec: RunSpec, shared: SharedPool) -> None:
+        self._spec = spec
+        self._shared = shared
+        self._left: tuple[Pool, Call] | None = None
+        shared.join()
+
+    async def recover(self) -> None:
+        """Wait for a call that was given up."""
+        if self._left is not None:
+            pool, call = self._left
+            await call.wait()
+            pool.forget(call)
+            self._left = None
+
+    async def close(self) -> None:
+        """Use the executor no more."""
+        await self._shared.leave()
+
+    async def _pool(self) -> Pool:
+        return await self._shared.current()
+
+    async def _submit(self, function: Callable[..., Any], *args: Any) -> tuple[Pool, Call]:
+        """Submit a call; if need be, to a new executor.
+
+        Raises:
+            RefusedError: there is none that takes it.
+        """
+        failure: BaseException | None = None
+        for _ in range(2 if self._shared.replaces else 1):
+            try:
+                pool = await self._pool()
+            except ParavalError as exc:
+                raise RefusedError(str(exc)) from exc
+            failure = pool.failure
+            if failure is None:
+                try:
+                    return pool, await pool.submit(function, *args)
+                except Exception as exc:  # noqa: BLE001 - it is broken, or shut down, or somebody's own
+                    failure = exc
+                    if self._shared.replaces or isinstance(exc, BrokenExecutor):
+                        pool.failure = exc
+        reason = f"the executor takes no job ({type(failure).__name__}: {failure})"
+        raise RefusedError(reason if self._shared.replaces else f"{reason}: {_ADVICE}") from failure
+
+    async def _result(self, pool: Pool, call: Call) -> Any:
+        """Give what an ended call returned.
+
+        Raises:
+            WorkerDiedError: the executor lost it.
+            RefusedError: likewise, and there will not be another.
+        """
+        pool.forget(call)
+        failure = call.failure
+        if failure is None:
+            return call.future.result()
+        if not isinstance(failure, BrokenExecutor):
+            error = JobError("worker_died", f"the executor lost the job: {type(failure).__name__}: {failure}")
+            raise WorkerDiedError(error) from failure
+        pool.failure = failure
+        if not self._shared.replaces:
+            raise RefusedError(f"the executor broke while it had the job ({failure}): {_ADVICE}") from failure
+        raise WorkerDiedError(await pool.cause_of_death(), alone=call.alone) from failure
+
+    def _fail_all(self, batch: Batch, error: JobError) -> None:
+        """Settle all jobs of a batch that are left."""
+        now = self._spec.clock()
+        for job in batch.in_hand or list(batch.take_all().values()):
+            batch.finish_sent(job, Outcome(error=error), now, now)

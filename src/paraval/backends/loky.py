@@ -10,16 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import anyio
 import anyio.to_thread
 
-from paraval.backends.base import Backend, Batch, RunSpec, Slot
+from paraval.backends.base import Backend
 from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
-from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator, ProcessSlot
+from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
 from paraval.errors import MissingExtraError
-from paraval.job import Job
 from paraval.outcome import JobError
 from paraval.worker import remote
 
@@ -30,44 +29,18 @@ except ImportError as exc:
 
 __all__ = ["LokyEvaluator"]
 
-_START_S: Final = 30.0
-"""After so many seconds the time of a job counts, though its worker is not ready."""
-
-
-class LokySlot(ProcessSlot):
-    """One executor of loky's at a time, with one worker.
-
-    An interpreter with loky in it takes a good part of a second to start. That is not the job's time: a job begins when
-    its worker is ready.
-    """
-
-    def _encode(self, batch: Batch, sent: dict[str, Job]) -> bytes:
-        if self._process is None or self._process.is_gone:
-            batch.current = None
-        return super()._encode(batch, sent)
-
-    async def _take(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: tuple[Any, ...]) -> None:
-        if frame[0] != "ready":
-            await super()._take(process, batch, sent, frame)
-            return
-        now = self._spec.clock()
-        for job in sent.values():
-            job._started = now
-        if len(sent) == 1:
-            (batch.current,) = sent.values()
-
 
 class LokyWorker(WorkerProcess):
     """A worker in an executor of loky's own, with a channel to it.
 
-    The executor gets one call, which lasts as long as the worker and serves jobs over the channel. So a job costs no trip
-    through the executor's queues and threads, a large argument cannot get stuck in them when the worker is killed, and
-    jobs can do all that they can in the process evaluator. Start and end of the process are loky's.
+    The executor gets one call, which lasts as long as the worker and serves jobs over the channel. So a job costs no
+    trip through the executor's queues and threads, a large argument cannot get stuck in them when the worker is killed,
+    and jobs can do all that they can in the process evaluator. Start and end of the process are loky's.
     """
 
     _popen: _LokyProcess  # type: ignore[assignment] # has what is used of a Popen: pid, poll, returncode
 
-    def __init__(self, setup: bytes, capture: int | None = None) -> None:
+    def __init__(self, setup: bytes, capture: int | None) -> None:
         # Not the base's __init__, which would start a process of its own.
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -86,9 +59,9 @@ class LokyWorker(WorkerProcess):
                 self._hand_over.append(Connection(write, readable=False))
         self._socket = ours
         self._received = bytearray()
+        self.setup = setup
         self._unsent_setup = setup
         self._popen = _LokyProcess()
-        self._is_ready = False
         self.jobs_done = 0
 
     async def send(self, frame: bytes) -> None:
@@ -99,14 +72,9 @@ class LokyWorker(WorkerProcess):
                 await anyio.to_thread.run_sync(self._popen.start, hand_over, self._notice_the_end_of_call)
         await super().send(frame)
 
-    async def receive(self) -> list[tuple[Any, ...]]:
-        if self._is_ready:
-            return await super().receive()
-        frames: list[tuple[Any, ...]] = [("ready",)]
-        with anyio.move_on_after(_START_S):
-            frames = await super().receive()
-        self._is_ready = True
-        return frames
+    @property
+    def is_gone(self) -> bool:
+        return self._popen.poll() is not None
 
     def _notice_the_end_of_call(self, call: Future[Any]) -> None:
         """Have the slot notice, from loky's thread, that loky has lost the worker."""
@@ -150,9 +118,7 @@ class _LokyProcess:
         try:
             self._executor = ProcessPoolExecutor(max_workers=1, initializer=remote.hold, initargs=tuple(hand_over))
             call = self._executor.submit(remote.serve)
-            self._process = next(iter(self._executor._processes.values()), None)
-            if self._process is None:
-                raise ChildProcessError("it ended as it began")
+            (self._process,) = self._executor._processes.values()  # ValueError: it has ended already
             call.add_done_callback(on_end)
         except Exception as exc:
             self.start_failure = exc
@@ -178,6 +144,9 @@ class _LokyProcess:
     def returncode(self) -> int | None:
         return self.poll()
 
+    def wait(self) -> None:
+        """Do nothing: loky's thread waits for the process."""
+
     def poll(self) -> int | None:
         # Loky's thread may wait for the process at the same moment; then this gives None, and a moment later the code.
         return None if self._process is None else self._process.exitcode
@@ -194,9 +163,6 @@ class _LokyProcess:
 
 class LokyBackend(ProcessBackend):
     """A worker of loky's for each slot."""
-
-    def slot(self, spec: RunSpec) -> Slot:
-        return LokySlot(spec, self)
 
     def start_worker(self, setup: bytes) -> WorkerProcess:
         worker = LokyWorker(setup, self._capture)

@@ -12,7 +12,7 @@ import anyio
 
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot
 from paraval.evaluator import Evaluator
-from paraval.job import Job
+from paraval.job import Job, JobStatus
 from paraval.loops import Loop
 from paraval.outcome import Outcome, error_from_exception
 
@@ -93,18 +93,20 @@ class _JobThread(threading.Thread):
             function: Any = job.run_function
             value = function(job.create_running_job(spec.stopper), **spec.kwargs)
             if inspect.iscoroutine(value):
-                value = self._complete(value)
+                value = self._complete(value, job)
             return Outcome(value)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             return Outcome(error=error_from_exception(exc), may_retry=isinstance(exc, spec.retry_on))
 
-    def _complete(self, coroutine: Any) -> Any:
+    def _complete(self, coroutine: Any, job: Job) -> Any:
         """Run a coroutine to its end on this thread's own loop."""
         if self._runner is None:
             self._runner = asyncio.Runner()
 
         async def watched() -> Any:
-            self._task = asyncio.current_task()
+            self._task = task = asyncio.current_task()
+            if job._status is JobStatus.CANCELLING and task is not None:
+                task.cancel()  # it was asked to stop before there was a task to tell
             try:
                 return await coroutine
             finally:

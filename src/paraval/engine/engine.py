@@ -6,10 +6,12 @@ to a job becomes an outcome, and every outcome is settled in :meth:`Engine._sett
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -217,12 +219,13 @@ class Engine:
     async def _hire(self, group: TaskGroup) -> None:
         """Start the workers that are missing, then wait until some may be again."""
         self._attention = self.loop.event()
-        while self._missing_workers > 0:
-            for _ in range(min(self._missing_workers, _HIRE_AT_ONCE)):
-                worker = _Worker(self._progress)
-                self._workers.add(worker)
-                group.start_soon(self._worker_main, worker, name="paraval worker")
-            await anyio.lowlevel.checkpoint()  # the first may begin while the next are started
+        with _collector_at_rest() if self._missing_workers > _HIRE_AT_ONCE else contextlib.nullcontext():
+            while self._missing_workers > 0:
+                for _ in range(min(self._missing_workers, _HIRE_AT_ONCE)):
+                    worker = _Worker(self._progress)
+                    self._workers.add(worker)
+                    group.start_soon(self._worker_main, worker, name="paraval worker")
+                await anyio.lowlevel.checkpoint()  # the first may begin while the next are started
         if not self._stopping:
             await self._attention.wait()
 
@@ -345,6 +348,9 @@ class Engine:
         self._settle(batch.collect())
         in_hand = batch.in_hand
         stopped = [job for job in in_hand if job.id in self._reasons]
+        if self._settings.backend.cancellation == "cooperative":
+            for job in stopped:  # a call that nothing can end goes on, and keeps its slot
+                self._give_up_on(job, self._clock())
         self._settle([(job, Outcome(error=reason, cancelled=True), self._clock()) for job in stopped])
         others = [job for job in in_hand if job.id not in self._reasons and job not in stopped]
         self._suspects.update(job.id for job in others)  # the worker was killed, and not for what is known of them
@@ -453,10 +459,15 @@ class Engine:
         if worker.batch is not None:
             self._return_to_queue(worker.batch.reclaim())  # or a thread that stops in time would go on with them
         worker.scope.cancel()
-        message = f"{reason.message}; the job did not stop"
-        refused = Outcome(error=reason._replace(message=message), cancelled=True)
         due = self._clock() + self._spec.kill_grace + _MARGIN_S
-        self._deadlines.add(due, lambda now: self._settle([(job, refused, now)]))
+        self._deadlines.add(due, lambda now: self._give_up_on(job, now))
+
+    def _give_up_on(self, job: Job, now: float) -> None:
+        """Settle a job that was to stop and would not; nothing happens if it did after all."""
+        reason = self._reasons.get(job.id)
+        if reason is not None:
+            self._reasons[job.id] = reason = reason._replace(message=f"{reason.message}; it did not stop")
+            self._settle([(job, Outcome(error=reason, cancelled=True), now)])
 
     def _stop_reason(self, worker: _Worker) -> JobError:
         job = worker.batch.current if worker.batch is not None else None
@@ -533,9 +544,25 @@ _OUT_OF_BUDGET: Final = JobError("timeout", "the evaluator's timeout ran out")
 
 def _stopped(job: Job, outcome: Outcome, reason: JobError) -> Outcome:
     """Turn what a job gave after it was asked to stop into its outcome: it was stopped, whatever it returned."""
-    if outcome.error is None and outcome.value is not None:
+    if outcome.error is None and outcome.value is not None and outcome.value is not job:
         job.metadata["returned"] = outcome.value
     return Outcome(error=reason, cancelled=True)
+
+
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Do without the garbage collector while thousands of workers start.
+
+    Each is some forty objects that stay; looking for garbage among them again and again takes longer than making them.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch) -> None:

@@ -308,12 +308,12 @@ class Ledger:
         Raises:
             ParavalError: the failure of the engine.
         """
-        gate = Gate()
         with self._lock:
             if not despite_failure:
                 self._refuse_if_failed()
             if ready():
                 return True
+            gate = Gate()
             waiter = _Waiter(ready, gate.open, despite_failure)
             self._waiters.append(waiter)
         try:

@@ -180,6 +180,7 @@ class Lifecycle:
             thread, self._thread = self._thread, None
             self._engine = None
             self._closing = False
+        self._ledger.reopen()  # what was saved at the second try can be gathered
         self._ledger.look_again()
         return thread if engine.ended else None
 

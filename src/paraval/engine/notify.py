@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Notifier:
         for callback in self.callbacks:
             try:
                 getattr(callback, method)(*args)
-            except (Exception, SystemExit):  # KeyboardInterrupt is the user at the keyboard
+            except BaseException as exc:
+                if isinstance(exc, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                    raise  # it is the user at the keyboard
                 self.errors += 1
                 _logger.exception("%s.%s raised; no job is lost by it", type(callback).__name__, method)

@@ -65,19 +65,28 @@ class MemoryStorage(Storage):
 
     def insert(self, records: Sequence[JobRecord]) -> None:
         with self._lock:
-            found = [self._search_of(record.id) for record in records]  # all or none: look before changing
+            searches = self._searches
+            found = [searches.get(record.id.rpartition(".")[0]) or self._search_of(record.id) for record in records]
             for search, record in zip(found, records, strict=True):
                 search.revision = record.revision = search.revision + 1
                 search.records[record.id] = record
 
     def update(self, changes: Sequence[JobChange]) -> None:
         with self._lock:
-            found = [self._find(change.id) for change in changes]  # likewise
-            for (search, record), change in zip(found, changes, strict=True):
+            searches = self._searches
+            found = []
+            for change in changes:  # likewise; the calls are written out, as this is done twice for each job
+                search = searches.get(change.id.rpartition(".")[0])
+                record = None if search is None else search.records.get(change.id)
+                if search is None or record is None:
+                    search, record = self._find(change.id)  # it says what is wrong
+                found.append((search, record, change))
+            for search, record, change in found:
                 change.apply_to(record)
                 search.revision = record.revision = search.revision + 1
-                del search.records[record.id]
-                search.records[record.id] = record
+                records = search.records
+                del records[record.id]
+                records[record.id] = record
 
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
         with self._lock:

@@ -1,25 +1,32 @@
 """A few bytes that two processes of one machine share, for an executor that carries only calls and their results.
 
-Over it the driver can ask a running job to stop, and see when the worker began. Where the worker cannot open the file
+Over it the driver can ask a running job to stop, and see how far the worker is. Where the worker cannot open the file
 (it is on another machine), all the rest works without.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
 import tempfile
+from pathlib import Path
+from typing import Final
 
 __all__ = ["Board"]
 
-_STARTED = struct.Struct("<d")
-_STARTED_AT = 8
-_SIZE = 16
+_HOLD: Final = struct.Struct("<q")
+_STOP: Final = struct.Struct("<q")
+_CURRENT: Final = struct.Struct("<q")
+_HOLD_AT, _STOP_AT, _CURRENT_AT, _SIZE = 0, 8, 16, 24
 
 
 class Board:
-    """Shared through a file. One side makes it, the other opens it by its path.
+    """Shared through a file. The driver makes it, the worker opens it by its path.
+
+    Each number has one writer. A job is named by its place in the call, and the driver asks one job to stop: so the
+    next one, which may begin at that moment, is not meant by it.
 
     Args:
         path: of the file that another process made; None makes one.
@@ -41,35 +48,40 @@ class Board:
             os.close(descriptor)
         self.path = path
 
+    # -- the worker's side ---------------------------------------------------------------------------------------------
+
+    def begin(self, place: int) -> bool:
+        """Say which job is about to begin, and ask whether it may."""
+        _CURRENT.pack_into(self._memory, _CURRENT_AT, place + 1)
+        return not self._memory[_HOLD_AT]  # asked second: a driver that holds, then looks, sees this job or is obeyed
+
+    def stops(self, place: int) -> bool:
+        """Whether this job shall stop."""
+        return bool(_STOP.unpack_from(self._memory, _STOP_AT)[0] == place + 1)
+
+    # -- the driver's side ---------------------------------------------------------------------------------------------
+
     @property
-    def stopping(self) -> bool:
-        """Whether the job shall stop."""
-        return self._memory[0] != 0
+    def current(self) -> int | None:
+        """The place of the last job that began; None: none has."""
+        place: int = _CURRENT.unpack_from(self._memory, _CURRENT_AT)[0] - 1
+        return None if place < 0 else place
 
-    def stop(self) -> None:
-        """Ask the running job to stop, and the worker to start no other."""
-        self._memory[0] = 1
+    def hold(self) -> None:
+        """Let no further job begin."""
+        self._memory[_HOLD_AT] = 1
 
-    @property
-    def started(self) -> float:
-        """When the worker began, on its monotonic clock; 0.0: it has not."""
-        (moment,) = _STARTED.unpack_from(self._memory, _STARTED_AT)
-        return float(moment)
-
-    def note_start(self, moment: float) -> None:
-        """Say, as the worker, that the first job begins."""
-        _STARTED.pack_into(self._memory, _STARTED_AT, moment)
+    def stop(self, place: int) -> None:
+        """Ask a job to stop."""
+        _STOP.pack_into(self._memory, _STOP_AT, place + 1)
 
     def clear(self) -> None:
         """Make it ready for the next call."""
-        self._memory[0] = 0
-        self.note_start(0.0)
+        self._memory[:] = bytes(_SIZE)
 
     def close(self) -> None:
         """Let go; the file goes with its maker."""
         self._memory.close()
         if self._is_ours:
-            try:
-                os.unlink(self.path)
-            except OSError:  # somebody has tidied up
-                pass
+            with contextlib.suppress(OSError):  # somebody has tidied up
+                Path(self.path).unlink()

@@ -217,7 +217,7 @@ class Worker:
             self._live = job
             value = self._function(job.create_running_job(self._stopper), **self._kwargs)
             if self._is_async:
-                value = self._complete(value)
+                value = self._complete(value, job)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             self._live = None
             if os.getpid() != self._pid:
@@ -235,14 +235,16 @@ class Worker:
             error = JobError("exception", str(exc), type="PicklingError")
             return (*error, False), None
 
-    def _complete(self, coroutine: Any) -> Any:
+    def _complete(self, coroutine: Any, job: Job) -> Any:
         import asyncio  # here: most workers never need it
 
         if self._runner is None:
             self._runner = asyncio.Runner()
 
         async def watched() -> Any:
-            self._task = asyncio.current_task()
+            self._task = task = asyncio.current_task()
+            if job._status is JobStatus.CANCELLING and task is not None:
+                task.cancel()  # it was asked to stop before there was a task to tell
             try:
                 return await coroutine
             finally:

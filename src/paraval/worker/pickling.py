@@ -66,10 +66,12 @@ def explain(value: Any, name: str, exc: BaseException) -> str:
 
 def _blame(value: Any, path: str, exc: BaseException, *, depth: int, seen: set[int]) -> tuple[str, Any, BaseException]:
     """Follow what cannot be pickled down to the smallest part that cannot."""
-    if depth > 20 or id(value) in seen:  # noqa: PLR2004 - deep enough for any path a person would read
+    if depth > 20:  # noqa: PLR2004 - deep enough for any path a person would read
         return path, value, exc
     seen.add(id(value))
     for name, part in _parts(value):
+        if id(part) in seen:
+            continue
         found = _failure(part)
         if found is not None:
             return _blame(part, f"{path}{name}", found, depth=depth + 1, seen=seen)

@@ -1,21 +1,20 @@
-"""What runs in the processes of an executor: one call runs several jobs, one after the other.
+"""What runs in the processes of an executor.
 
-For an executor that only carries calls and their results (:func:`run_jobs`), and for loky, whose worker becomes one like
-those of the process evaluator (:func:`serve`).
+For an executor that only carries calls and their results, one call runs several jobs, one after the other
+(:func:`run_jobs`). A worker of loky's becomes one like those of the process evaluator (:func:`serve`).
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import signal
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from paraval.job import Job, JobStatus
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.board import Board
-from paraval.worker.main import Sealed, Setup, Worker, _die_with_the_parent, _flush_output
+from paraval.worker.main import Sealed, _flush_output, main
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
 if TYPE_CHECKING:
@@ -34,14 +33,18 @@ class Program(NamedTuple):
     """What is the same for many calls.
 
     Attributes:
-        function: the pickled run-function, its static keyword arguments and the stopper.
+        function: the pickled run-function.
+        kwargs: its static keyword arguments, pickled.
+        stopper: pickled; copied for each job.
         is_async: whether calling the run-function gives a coroutine.
-        retry_on: pickled tuple of exception types; or None.
+        retry_on: pickled tuple of exception types.
     """
 
     function: bytes
+    kwargs: bytes
+    stopper: bytes
     is_async: bool
-    retry_on: bytes | None
+    retry_on: bytes
 
 
 class Done(NamedTuple):
@@ -51,7 +54,7 @@ class Done(NamedTuple):
         job_id: which.
         started: when, on the worker's monotonic clock.
         finished: likewise.
-        error: as the fields of a ``JobError``, and whether the job may be tried again; None: there was none.
+        error: the fields of a ``JobError``, and whether the job may be tried again; None: there was none.
         value: what the run-function returned; :class:`~paraval.worker.main.Sealed` unless it is plain.
         notes: what it stored, if anything: sealed ``(changes, values)`` of a notebook.
     """
@@ -69,7 +72,7 @@ class Report(NamedTuple):
 
     Attributes:
         done: the jobs that were run.
-        left: the ids of those that were not started, as the others took long enough or the driver asked to stop.
+        left: the ids of those that were not, as the others took long enough or the driver asked to stop.
         broken: why no job can be run in this process, as the fields of a ``JobError``; None: they can.
     """
 
@@ -128,9 +131,9 @@ def run_jobs(token: str, program: Program | None, jobs: list[tuple[str, Any]], b
 
 
 def _load(program: Program) -> _Loaded:
-    function, kwargs, stopper = pickle.loads(program.function)  # noqa: S301 - from our own driver
-    retry_on = pickle.loads(program.retry_on) if program.retry_on else ()  # noqa: S301 - likewise
-    return _Loaded(function, kwargs, stopper, program.is_async, retry_on)
+    function, kwargs, stopper, is_async, retry_on = program
+    load = pickle.loads  # all of it is from our own driver
+    return _Loaded(load(function), load(kwargs), load(stopper), is_async, load(retry_on))
 
 
 def _open(path: str) -> Board | None:
@@ -141,16 +144,16 @@ def _open(path: str) -> Board | None:
 
 
 class _LiveJob(Job):
-    """A job whose status is that of its board."""
+    """A job whose status is what the board says."""
 
-    __slots__ = ("board",)
+    __slots__ = ("board", "place")
 
     board: Board | None
+    place: int
 
     @property
     def _status(self) -> JobStatus:
-        board = getattr(self, "board", None)
-        return JobStatus.RUNNING if board is None or not board.stopping else JobStatus.CANCELLING
+        return JobStatus.CANCELLING if self.board is not None and self.board.stops(self.place) else JobStatus.RUNNING
 
     @_status.setter
     def _status(self, status: JobStatus) -> None:
@@ -158,7 +161,7 @@ class _LiveJob(Job):
 
 
 class _Call:
-    """One call: the jobs that share an event loop, if they are coroutines. Two may run side by side, in threads."""
+    """One call. Two may run side by side, in threads."""
 
     def __init__(self, loaded: _Loaded, board: Board | None) -> None:
         self._loaded = loaded
@@ -168,19 +171,19 @@ class _Call:
     def run(self, jobs: list[tuple[str, Any]]) -> Report:
         done: list[Done] = []
         began = time.monotonic()
-        if self._board is not None and not self._board.stopping:
-            self._board.note_start(began)
-        for job_id, args in jobs:
-            if (done and time.monotonic() - began > _ENOUGH_S) or (self._board is not None and self._board.stopping):
+        for place, (job_id, args) in enumerate(jobs):
+            if place and time.monotonic() - began > _ENOUGH_S:
                 break
-            done.append(self._run(job_id, args))
+            if self._board is not None and not self._board.begin(place):
+                break
+            done.append(self._run(place, job_id, args))
         return Report(done, [job_id for job_id, _ in jobs[len(done) :]])
 
     def close(self) -> None:
         if self._runner is not None:
             self._runner.close()
 
-    def _run(self, job_id: str, args: Any) -> Done:
+    def _run(self, place: int, job_id: str, args: Any) -> Done:
         loaded = self._loaded
         notebook: Notebook | None = None
 
@@ -192,22 +195,25 @@ class _Call:
                 notebook = Notebook(job_id, args)
             return notebook
 
+        pid = os.getpid()
+        error: tuple[Any, ...] | None = None
+        value: Any = None
+        notes: Sealed | None = None
         started = time.monotonic()
         try:
             if type(args) is Sealed:
                 args = pickle.loads(args.data)  # noqa: S301 - from our own driver
             job = _LiveJob(job_id, args, loaded.function)
-            job.board = self._board
+            job.board, job.place = self._board, place
             job.storage = storage  # type: ignore[assignment] # made when the run-function asks for it
             value = loaded.function(job.create_running_job(loaded.stopper), **loaded.kwargs)
             if loaded.is_async:
-                value = self._complete(value)
-            error = None
+                value = self._complete(value, job)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             error = (*error_from_exception(exc), isinstance(exc, loaded.retry_on))
-            value = None
         finished = time.monotonic()
-        notes: Sealed | None = None
+        if os.getpid() != pid:
+            os._exit(0)  # the job forked, and its child came back too: one of them is enough
         try:
             if not is_plain(value):
                 value = Sealed(dumps(value, "the result"))
@@ -218,7 +224,7 @@ class _Call:
             value = None
         return Done(job_id, started, finished, error, value, notes)
 
-    def _complete(self, coroutine: Any) -> Any:
+    def _complete(self, coroutine: Any, job: _LiveJob) -> Any:
         """Run a coroutine to its end; cancel it when the driver asks to stop."""
         import asyncio  # here: most workers never need it
 
@@ -226,7 +232,7 @@ class _Call:
             self._runner = asyncio.Runner()
 
         async def watched() -> Any:
-            watch = asyncio.ensure_future(_cancel_when_stopping(self._board, asyncio.current_task()))
+            watch = asyncio.ensure_future(_cancel_when_asked(job, asyncio.current_task()))
             try:
                 return await coroutine
             finally:
@@ -235,14 +241,12 @@ class _Call:
         return self._runner.run(watched())
 
 
-async def _cancel_when_stopping(board: Board | None, task: Any) -> None:
+async def _cancel_when_asked(job: _LiveJob, task: Any) -> None:
     import asyncio  # as above
 
-    while board is not None:
+    while job._status is not JobStatus.CANCELLING:  # noqa: ASYNC110 - another process says so, and sets no event
         await asyncio.sleep(0.05)
-        if board.stopping:
-            task.cancel()
-            return
+    task.cancel()
 
 
 # -- loky --------------------------------------------------------------------------------------------------------------
@@ -250,36 +254,23 @@ async def _cancel_when_stopping(board: Board | None, task: Any) -> None:
 _held: list[Connection] = []
 
 
-def hold(channel: Connection, lifeline: Connection, *outputs: Connection) -> None:
-    """Keep, as the initializer of a worker, what can only be handed over while a process is started."""
-    _held[:] = [channel, lifeline, *outputs]
+def hold(*connections: Connection) -> None:
+    """Keep, as the initializer of a worker, what can be handed over only while a process is started."""
+    _held[:] = connections
 
 
 def serve() -> None:
-    """Be a worker like those of the process evaluator, until the channel ends: a call that serves many jobs."""
+    """Be a worker like those of the process evaluator, until the channel ends: one call that serves many jobs.
+
+    :func:`hold` was given the channel, the lifeline, and maybe what stdout and stderr shall be.
+    """
     channel, lifeline, *outputs = _held
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # so that all it starts can be signalled with it, and nobody else
     for number, output in enumerate(outputs, 1):
         os.dup2(output.fileno(), number)
         output.close()
-    _die_with_the_parent(lifeline.fileno())
-    for descriptor in (channel.fileno(), lifeline.fileno()):
-        os.set_inheritable(descriptor, False)
-    worker = _HostedWorker(channel.fileno())
-    # Ctrl-C is the driver's business. (A handler, not SIG_IGN, which programs that a job starts would inherit.)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, worker.ask_to_stop)
     try:
-        worker.serve()
+        main(channel.fileno(), lifeline.fileno())
     finally:
-        _flush_output()
         channel.close()
-
-
-class _HostedWorker(Worker):
-    """Says when it is ready: until then no job has begun."""
-
-    def _set_up(self, setup: Setup) -> None:
-        super()._set_up(setup)
-        self._send(("ready",))

@@ -354,7 +354,7 @@ def test_a_storage_that_fails_is_never_taken_for_a_success(method: str, first: i
     shown: list[Job] = []
     raised: list[BaseException] = []
     try:
-        evaluator = make(method, double, num_workers=2, storage=storage, job_class=HPOJob, batching=False)
+        evaluator = make(method, double, num_workers=2, storage=storage, job_class=HPOJob, batching=False, kill_grace=0.05)
     except OSError:
         assert first == 0
         return
@@ -407,7 +407,7 @@ def _evaluated_in_vain(evaluator: Any, done: set[str]) -> set[str]:
 @pytest.mark.parametrize("first", range(3, 9))
 async def test_a_storage_that_fails_on_any_loop(method: str, first: int) -> None:
     storage = FailingStorage(first, 10**9)
-    async with make(method, double, num_workers=2, storage=storage, batching=False) as evaluator:
+    async with make(method, double, num_workers=2, storage=storage, batching=False, kill_grace=0.05) as evaluator:
         with pytest.raises(OSError, match="No space left"):
             for _ in range(4):
                 await evaluator.submit_async(configurations(2))

@@ -482,22 +482,37 @@ async def test_a_cancelled_coroutine_may_take_its_grace() -> None:
 
 @pytest.mark.anyio
 async def test_a_coroutine_that_does_not_stop_is_given_up(storage: CountingStorage) -> None:
-    release = Latch()
+    release, ended = Latch(), Latch()
 
-    async def run(job: RunningJob) -> None:
-        with anyio.CancelScope(shield=True):
-            await release.opened()
+    async def run(job: RunningJob) -> str:
+        if job["x"] == 1:
+            return "done"
+        try:
+            with anyio.CancelScope(shield=True):
+                await release.opened()
+            await checkpoint()  # here the cancellation comes at last
+        finally:
+            ended.open()
+        return "never"
 
-    kwargs = {"num_workers": 1, "job_timeout": 0.03, "kill_grace": 0.05, "job_class": HPOJob, "storage": storage}
+    kwargs = {"num_workers": 1, "job_timeout": 0.03, "kill_grace": 0.05, "job_class": Job, "storage": storage}
     async with make("serial", run, **kwargs) as evaluator:
         try:
             evaluator.submit(configurations(1))
             (job,) = await soon(evaluator.gather_async("ALL"))
-            check_timed_out(job, storage)
+            assert job.status is JobStatus.CANCELLED
             assert job.error is not None
+            assert job.error.kind == "timeout"
             assert "did not stop" in job.error.message
         finally:
             release.open()
+        await ended.opened()
+        # Its late end changes nothing, and the worker goes on.
+        assert (await soon(evaluator.evaluate_async({"x": 1}))).output == "done"
+        assert job.status is JobStatus.CANCELLED
+        assert storage.terminal == {"0.0": 1, "0.1": 1}
+        statistics = evaluator.statistics()
+        assert (statistics.pending, statistics.running, statistics.done, statistics.cancelled) == (0, 0, 1, 1)
 
 
 @pytest.mark.anyio

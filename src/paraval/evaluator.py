@@ -312,29 +312,25 @@ class Evaluator(abc.ABC):
         self._life.refuse_after_fork()
         ready = self._gather_condition(type, size)
         self._life.refuse_on_home("gather()", "gather_async()")
-        while True:
-            self._ledger.wait(ready, self._life.check)
-            jobs = self._ledger.take(ready)
-            if jobs is not None:  # else another thread was quicker
-                break
+        jobs: list[Job] = []
         try:
+            while True:
+                self._ledger.wait(ready, self._life.check)
+                if self._ledger.take_into(jobs, ready):  # else another thread was quicker
+                    break
             self._note_gathered(jobs)
+            return self._raise_failures(jobs)
+        except JobsFailedError:
+            raise  # the jobs are on it
         except BaseException:  # Ctrl-C between taking and handing over must lose nothing
             self._ledger.put_back(jobs)
             raise
-        return self._raise_failures(jobs)
 
     async def gather_async(self, type: Literal["ALL", "BATCH"], size: int = 1) -> list[Job]:  # noqa: A002 - likewise
         """Do as :meth:`gather` does without blocking the loop. A cancellation loses no job."""
         self._life.refuse_after_fork()
         ready = self._gather_condition(type, size)
-        while True:
-            await self._ledger.wait_async(ready)
-            jobs = self._ledger.take(ready)
-            if jobs is not None:  # else another task or thread was quicker
-                # Nothing awaits between the taking and the return unless it is shielded.
-                await self._note_gathered_async(jobs)
-                return self._raise_failures(jobs)
+        return await self._take_async(ready)
 
     def as_completed(self) -> AsyncIterator[Job]:
         """Give jobs one by one as they end, until nothing is in flight; those not taken stay to be gathered."""
@@ -342,15 +338,17 @@ class Evaluator(abc.ABC):
         return _Completed(self)
 
     async def _next_completed(self) -> Job | None:
-        ready = self._ledger.when_batch_done(1)
+        jobs = await self._take_async(self._ledger.when_batch_done(1), limit=1)
+        return jobs[0] if jobs else None
+
+    async def _take_async(self, ready: Callable[[], bool], limit: int | None = None) -> list[Job]:
+        jobs: list[Job] = []
         while True:
             await self._ledger.wait_async(ready)
-            jobs = self._ledger.take(ready, limit=1)
-            if jobs == []:
-                return None
-            if jobs is not None:  # else another task or thread was quicker
+            if self._ledger.take_into(jobs, ready, limit):  # else another task or thread was quicker
+                # Nothing awaits between the taking and the return unless it is shielded.
                 await self._note_gathered_async(jobs)
-                return self._raise_failures(jobs)[0]
+                return self._raise_failures(jobs)
 
     async def _note_gathered_async(self, jobs: list[Job]) -> None:
         fresh = self._stamp_gathered(jobs)
@@ -545,9 +543,11 @@ class Evaluator(abc.ABC):
     def __del__(self) -> None:
         life = self.__dict__.get("_life")  # missing when the constructor raised
         if life is not None and life.is_open_in_thread and life.engine is not None:
-            _warn_unclosed(self)
-            with contextlib.suppress(ParavalError):
-                life.engine.stop()
+            try:
+                _warn_unclosed(self)  # where warnings are errors, it raises
+            finally:
+                with contextlib.suppress(ParavalError):
+                    life.engine.stop()
 
     # -- time and limits -----------------------------------------------------------------------------------------------
 
@@ -753,6 +753,8 @@ def _close_at_exit() -> None:
     """End what a program left open, so that it ends, its callbacks' files are complete and no worker stays behind."""
     for evaluator in list(_alive):
         if evaluator._life.is_open_in_thread:
-            _warn_unclosed(evaluator)
-            evaluator._spec.kill_grace = min(evaluator._spec.kill_grace, 1.0)
-            evaluator.close()
+            try:
+                _warn_unclosed(evaluator)  # where warnings are errors, it raises
+            finally:
+                evaluator._spec.kill_grace = min(evaluator._spec.kill_grace, 1.0)
+                evaluator.close()

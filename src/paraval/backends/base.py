@@ -41,9 +41,21 @@ class RunSpec:
         retry_on: exception types of the run-function that are worth another attempt.
         storage: where jobs are recorded.
         budget_end: when everything must have ended, on the clock.
+        home_is_ending: whether the engine's loop is being shut down under it.
     """
 
-    __slots__ = ("budget_end", "clock", "function", "kill_grace", "kwargs", "origin", "retry_on", "stopper", "storage")
+    __slots__ = (
+        "budget_end",
+        "clock",
+        "function",
+        "home_is_ending",
+        "kill_grace",
+        "kwargs",
+        "origin",
+        "retry_on",
+        "stopper",
+        "storage",
+    )
 
     def __init__(
         self,
@@ -64,6 +76,7 @@ class RunSpec:
         self.retry_on = retry_on
         self.storage = storage
         self.budget_end = math.inf
+        self.home_is_ending: Callable[[], bool] = lambda: False
 
 
 class WorkerDiedError(Exception):
@@ -259,7 +272,7 @@ class Batch:
         return True
 
 
-def failure_of(exc: BaseException, retry_on: tuple[type[BaseException], ...] = ()) -> Outcome:
+def failure_of(exc: BaseException, spec: RunSpec) -> Outcome:
     """Turn what a call on the engine's loop raised, be it SystemExit, into its outcome. To be called in its handler.
 
     A cancellation that comes from above is raised on. One that the run-function made up itself (it awaited a task that
@@ -269,9 +282,9 @@ def failure_of(exc: BaseException, retry_on: tuple[type[BaseException], ...] = (
         cancelled = anyio.get_cancelled_exc_class()
     except anyio.NoEventLoopError:  # the coroutine is being closed: its loop was dropped while it ran
         raise exc from None
-    if isinstance(exc, cancelled) and anyio.current_effective_deadline() == -math.inf:
+    if isinstance(exc, cancelled) and (anyio.current_effective_deadline() == -math.inf or spec.home_is_ending()):
         raise exc
-    return Outcome(error=error_from_exception(exc), may_retry=isinstance(exc, retry_on))
+    return Outcome(error=error_from_exception(exc), may_retry=isinstance(exc, spec.retry_on))
 
 
 class Slot(abc.ABC):

@@ -26,7 +26,7 @@ class SerialSlot(Slot):
                 function: Any = job.run_function
                 outcome = Outcome(await function(job.create_running_job(spec.stopper), **spec.kwargs))
             except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
-                outcome = failure_of(exc, spec.retry_on)
+                outcome = failure_of(exc, spec)
             batch.finish(job, outcome)
 
 

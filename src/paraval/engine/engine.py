@@ -7,6 +7,7 @@ to a job becomes an outcome, and every outcome is settled in :meth:`Engine._sett
 from __future__ import annotations
 
 import contextlib
+import asyncio
 import functools
 import gc
 import math
@@ -168,6 +169,8 @@ class Engine:
     async def run(self, started: Callable[[], object]) -> None:
         """Work until :meth:`stop`; ``started()`` is called when submissions are welcome."""
         try:
+            if self.loop.is_asyncio and (task := asyncio.current_task()) is not None:
+                self._spec.home_is_ending = lambda: task.cancelling() > 0
             async with anyio.create_task_group() as group:
                 group.start_soon(self._deadlines.watch, name="paraval deadlines")
                 group.start_soon(self._settings.backend.supervise, name="paraval supervisor")
@@ -279,7 +282,7 @@ class Engine:
             if batch is None:
                 continue
             try:
-                await (slot.run(batch) if execute is None else _execute_one(execute, batch))
+                await (slot.run(batch) if execute is None else _execute_one(execute, batch, self._spec))
             except WorkerDiedError as exc:
                 self._blame(batch, exc.error, alone=exc.alone)
             except Exception as exc:  # noqa: BLE001 - the slot itself failed
@@ -357,6 +360,7 @@ class Engine:
         self._return_to_queue(batch.reclaim() + others)
 
     def _return_to_queue(self, jobs: list[Job]) -> None:
+        jobs = [job for job in jobs if job.id in self._open]  # the others were settled meanwhile: given up, say
         if jobs:
             self._ledger.started(-len(jobs))
             for job in jobs:
@@ -565,14 +569,14 @@ def _collector_at_rest() -> Iterator[None]:
         gc.enable()
 
 
-async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch) -> None:
+async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch, spec: RunSpec) -> None:
     job = batch.take()
     if job is None:
         return
     try:
         outcome = Outcome(await execute(job))
     except BaseException as exc:  # noqa: BLE001 - an overridden execute is user code
-        outcome = failure_of(exc)
+        outcome = failure_of(exc, spec)
     batch.finish(job, outcome)
 
 

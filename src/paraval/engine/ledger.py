@@ -253,21 +253,30 @@ class Ledger:
         """How many jobs wait in the mailbox."""
         return len(self._mailbox)
 
-    def take(self, ready: Callable[[], bool], limit: int | None = None) -> list[Job] | None:
-        """Take jobs from the mailbox, oldest first, at most ``limit``; None if it is not ``ready()`` (any more)."""
+    def take_into(self, jobs: list[Job], ready: Callable[[], bool], limit: int | None = None) -> bool:
+        """Move jobs from the mailbox to a list, oldest first, at most ``limit``; False if it is not ``ready()``.
+
+        The list is the caller's, so that :meth:`put_back` can undo even a take that was interrupted (by Ctrl-C).
+        """
         with self._lock:
             if not ready():
-                return None
+                return False
             mailbox = self._mailbox
             if limit is None:
-                jobs = list(mailbox)
+                jobs.extend(mailbox)
                 mailbox.clear()
-                return jobs
-            return [mailbox.popleft() for _ in range(min(limit, len(mailbox)))]
+            else:
+                for _ in range(min(limit, len(mailbox))):
+                    jobs.append(mailbox[0])
+                    mailbox.popleft()
+            return True
 
-    def put_back(self, jobs: Sequence[Job]) -> None:
+    def put_back(self, jobs: list[Job]) -> None:
         """Undo a take whose jobs could not be handed on."""
         with self._lock:
+            if self._mailbox:  # an interrupted take may have left there what is in the list already
+                first = self._mailbox[0]
+                jobs = jobs[: next((index for index, job in enumerate(jobs) if job is first), None)]
             self._mailbox.extendleft(reversed(jobs))
 
     def peek(self) -> list[Job]:

@@ -75,7 +75,7 @@ class Lifecycle:
         """Raise UsageError where a blocking call would block the very loop that runs the jobs."""
         engine = self._engine
         home = engine.loop if engine is not None else self._home.loop if self._home is not None else None
-        if home is not None and home.is_here:
+        if home is not None and home.is_here and home.is_running:
             raise UsageError(f"{call} would block the event loop that runs the jobs: use 'await {instead}' here")
 
     # -- opening -------------------------------------------------------------------------------------------------------

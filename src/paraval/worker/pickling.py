@@ -69,7 +69,11 @@ def _blame(value: Any, path: str, exc: BaseException, *, depth: int, seen: set[i
     if depth > 20:  # noqa: PLR2004 - deep enough for any path a person would read
         return path, value, exc
     seen.add(id(value))
-    for name, part in _parts(value):
+    try:
+        parts = _parts(value)
+    except Exception:  # noqa: BLE001 - an object whose attributes raise shows none of them
+        parts = []
+    for name, part in parts:
         if id(part) in seen:
             continue
         found = _failure(part)

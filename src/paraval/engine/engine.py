@@ -6,8 +6,8 @@ to a job becomes an outcome, and every outcome is settled in :meth:`Engine._sett
 
 from __future__ import annotations
 
-import contextlib
 import asyncio
+import contextlib
 import functools
 import gc
 import math
@@ -341,7 +341,11 @@ class Engine:
         for job in jobs:
             self._holders[job.id] = worker
         # The tiny jobs of a batch are spared the write, unless one turns out not to be tiny.
-        return len(jobs) > 1 or self._recorder.note_running(jobs[0])
+        if len(jobs) > 1 or self._recorder.note_running(jobs[0]):
+            return True
+        self._holders.pop(jobs[0].id, None)  # it does not run: it waits for the end, which settles it
+        self._ledger.started(-1)
+        return False
 
     def _clean_up(self, worker: _Worker, reason: JobError) -> None:
         """After an interrupted batch: settle its current job, give the others back."""

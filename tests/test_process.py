@@ -244,7 +244,7 @@ def test_the_file_of_a_run_function_need_not_be_importable_in_the_driver_again()
 
 
 def test_arguments_and_results_come_as_they_are() -> None:
-    values = [
+    values: list[Any] = [
         None, True, 0, -(2**80), 1.5, float("inf"), "", "äöü \N{GRINNING FACE}", "\ud800", "__main__", b"\0bytes",
         (1, (2, [3])), [], {}, {"a": {"b": [1, {"c": (None,)}]}}, {1, 2}, range(3), JobStatus.DONE, sys.maxsize,
         {"x": 1, 2: "y"}, bytearray(b"12"), Scaler, double,

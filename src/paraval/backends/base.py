@@ -134,7 +134,7 @@ class Batch:
         jobs.reverse()
         self._todo = jobs  # the next one is at the end
         self._finished: list[Ended] = []
-        self._returned: list[Job] = []
+        self._returned: list[Job] | None = None
         self._sent: dict[str, Job] | None = None
         self._clock = clock
         self.report = report
@@ -199,14 +199,9 @@ class Batch:
 
     def give_back(self, job_ids: list[str], current: str, started: float) -> None:
         """Say which jobs of :meth:`take_all` the worker has not started, and which one keeps it busy since when."""
-        sent = self._sent or {}
         self.was_cut = True
-        for job_id in job_ids:
-            job = sent.pop(job_id, None)
-            if job is not None:
-                job._started, job._status = None, JobStatus.READY
-                self._returned.append(job)
-        self.current = sent.get(current)
+        self._return(job_ids)
+        self.current = (self._sent or {}).get(current)
         if self.current is not None:
             self.current._started = started
 
@@ -215,15 +210,17 @@ class Batch:
 
         Unlike :meth:`give_back`, what the batch took is then the time of those that it ran.
         """
-        sent = self._sent or {}
-        for job_id in job_ids:
-            job = sent.pop(job_id, None)
-            if job is not None:
-                job._started, job._status = None, JobStatus.READY
-                self._returned.append(job)
-                self._size -= 1
+        self._size -= self._return(job_ids)
         if not self._size:
             self.was_cut = True
+
+    def _return(self, job_ids: list[str]) -> int:
+        sent = self._sent or {}
+        jobs = [sent.pop(job_id) for job_id in job_ids if job_id in sent]
+        for job in jobs:
+            job._started, job._status = None, JobStatus.READY
+        self._returned = [*(self._returned or ()), *jobs]
+        return len(jobs)
 
     # -- the engine's side ---------------------------------------------------------------------------------------------
 
@@ -260,8 +257,8 @@ class Batch:
         except IndexError:
             pass
         jobs.reverse()
-        returned, self._returned = self._returned, []
-        return returned + jobs
+        returned, self._returned = self._returned, None
+        return jobs if returned is None else returned + jobs
 
     def withdraw(self, job: Job) -> bool:
         """Take back one job; False when it was taken already."""

@@ -16,7 +16,7 @@ import anyio
 import anyio.to_thread
 
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError
-from paraval.backends.futures import Call, ExecutorSlot, Pool, RefusedError, SharedPool
+from paraval.backends.futures import Call, ExecutorSlot, Pool, RefusedError, SharedPool, close_before_pools_wait
 from paraval.backends.process import _outcome
 from paraval.backends.thread import _JobThread
 from paraval.errors import BadValueError, WrongTypeError
@@ -83,6 +83,9 @@ class ExecutorEvaluator(Evaluator):
 
     def _make_backend(self) -> Backend:
         return ExecutorBackend(self._executor, self._spec, self._job_timeout)
+
+
+close_before_pools_wait(ExecutorEvaluator)
 
 
 class ExecutorBackend(Backend):

@@ -19,10 +19,11 @@ import anyio.to_thread
 
 from paraval.backends.base import Batch, RunSpec, Slot, WorkerDiedError
 from paraval.errors import ParavalError
+from paraval.evaluator import Evaluator, _alive, _warn_unclosed
 from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome
 
-__all__ = ["Call", "ExecutorSlot", "Pool", "RefusedError", "SharedPool"]
+__all__ = ["Call", "ExecutorSlot", "Pool", "RefusedError", "SharedPool", "close_before_pools_wait"]
 
 _QUICK_S: Final = 0.005
 """After a submit that took longer, the next is made in a thread."""
@@ -32,6 +33,25 @@ _CODES_S: Final = 0.2
 _ADVICE: Final = "pass a factory, as in executor=lambda: ProcessPoolExecutor(), to have a broken one replaced"
 
 _starting = threading.Lock()
+
+
+def close_before_pools_wait(cls: type[Evaluator]) -> None:
+    """Have the evaluators of a class that were left open closed at the program's end before their pools wait for it.
+
+    Pools wait, when the main thread has ended and before anything that ``atexit`` knows, for the calls that are in them.
+    To be called when the pools have registered for that: the last to register is the first to be called.
+    """
+
+    def close() -> None:
+        for evaluator in list(_alive):
+            if isinstance(evaluator, cls) and evaluator._life.is_open_in_thread:
+                try:
+                    _warn_unclosed(evaluator)  # where warnings are errors, it raises
+                finally:
+                    evaluator._spec.kill_grace = min(evaluator._spec.kill_grace, 1.0)
+                    evaluator.close()
+
+    threading._register_atexit(close)  # type: ignore[attr-defined] # as concurrent.futures does, which it is about
 
 
 class Call:
@@ -166,7 +186,7 @@ class Pool:
         return list(processes.values()) if isinstance(processes, dict) else []
 
     async def close(self) -> None:
-        """Shut it down, if it is ours, within a fraction of a second. Processes that may still run a call are killed."""
+        """Shut it down, if it is ours, within a fraction of a second. Processes that may run a call are killed."""
         if not self._is_ours:
             return
         self._is_ours = False

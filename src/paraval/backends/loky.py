@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import selectors
 import signal
@@ -17,6 +19,7 @@ import anyio.to_thread
 
 from paraval.backends.base import Backend
 from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
+from paraval.backends.futures import close_before_pools_wait
 from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
 from paraval.errors import MissingExtraError
 from paraval.outcome import JobError
@@ -45,7 +48,10 @@ class LokyWorker(WorkerProcess):
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self._lifeline = _Lifeline()
-        self._hand_over = [Connection(theirs.detach()), Connection(self._lifeline.watched, writable=False)]
+        self._hand_over = [
+            Connection(_no_standard_stream(theirs.detach())),
+            Connection(_no_standard_stream(self._lifeline.watched), writable=False),
+        ]
         self._tails = []
         self._selector = None
         if capture is not None:
@@ -56,7 +62,7 @@ class LokyWorker(WorkerProcess):
                 tail = _Tail(os.fdopen(read, "rb", buffering=0), capture)
                 self._tails.append(tail)
                 self._selector.register(tail.fileno(), selectors.EVENT_READ)
-                self._hand_over.append(Connection(write, readable=False))
+                self._hand_over.append(Connection(_no_standard_stream(write), readable=False))
         self._socket = ours
         self._received = bytearray()
         self.setup = setup
@@ -101,6 +107,20 @@ class LokyWorker(WorkerProcess):
         self._popen.shut_down()
 
 
+def _no_standard_stream(descriptor: int) -> int:
+    """Give a descriptor another number if it has that of stdin, stdout or stderr, as in a program without them."""
+    if descriptor > 2:  # noqa: PLR2004
+        return descriptor
+    moved: int = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(descriptor)
+    return moved
+
+
+@functools.cache  # once is enough
+def _close_at_exit() -> None:
+    close_before_pools_wait(LokyEvaluator)
+
+
 class _LokyProcess:
     """An executor of loky's with one worker, seen as that process."""
 
@@ -120,6 +140,7 @@ class _LokyProcess:
             call = self._executor.submit(remote.serve)
             (self._process,) = self._executor._processes.values()  # ValueError: it has ended already
             call.add_done_callback(on_end)
+            _close_at_exit()
         except Exception as exc:
             self.start_failure = exc
             raise ChildProcessError(str(exc)) from exc

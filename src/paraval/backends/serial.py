@@ -31,12 +31,17 @@ class SerialSlot(Slot):
 
 
 class SerialBackend(Backend):
-    """Slots on the engine's own loop."""
+    """One slot for all workers: it holds nothing of any of them."""
 
     cancellation: ClassVar[Cancellation] = "cancel"
 
+    def __init__(self) -> None:
+        self._slot: SerialSlot | None = None
+
     def slot(self, spec: RunSpec) -> Slot:
-        return SerialSlot(spec)
+        if self._slot is None:
+            self._slot = SerialSlot(spec)
+        return self._slot
 
 
 class SerialEvaluator(Evaluator):

@@ -316,7 +316,7 @@ class BrokenTextError(Exception):
 
 class ExitingTextError(Exception):
     def __str__(self) -> str:
-        sys.exit(3)
+        raise SystemExit(3)
 
 
 class Text(str):

@@ -1,7 +1,8 @@
-"""What the tests of the core share: jobs under the test's control, storages that count or fail, programs as processes."""
+"""What the tests of the core share: jobs under control, storages that count or fail, programs as processes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -92,10 +93,8 @@ class Latch:
 
 
 def _try(schedule: Callable[..., object], function: Callable[[], object]) -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and who waited with it
         schedule(function)
-    except RuntimeError:  # the loop has ended, and who waited with it
-        pass
 
 
 class Stage:
@@ -251,7 +250,7 @@ def until(condition: Callable[[], object]) -> None:
 async def until_async(condition: Callable[[], object]) -> None:
     """Do as ``until`` does on an event loop."""
     with anyio.fail_after(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it is for what announces itself in no other way
             await anyio.sleep(0.002)
 
 

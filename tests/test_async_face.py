@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -377,8 +378,7 @@ async def test_closing_as_completed_early_loses_nothing(method: str) -> None:
                 seen.append(job)
                 if len(seen) == 3:
                     break
-        async for job in evaluator.as_completed():
-            seen.append(job)
+        seen += [job async for job in evaluator.as_completed()]
         assert outputs(seen) == [2.0 * x for x in range(10)]
 
 
@@ -389,7 +389,7 @@ async def test_cancelling_as_completed_loses_nothing(method: str, stage: Stage) 
         seen = []
         with anyio.move_on_after(0.03) as scope:
             async for job in evaluator.as_completed():
-                seen.append(job)
+                seen.append(job)  # noqa: PERF401 - a comprehension would be lost by the cancellation
         assert scope.cancelled_caught
         stage.release_all()
         seen += [job async for job in evaluator.as_completed()]
@@ -407,7 +407,7 @@ async def test_as_completed_raises_failures_where_asked(method: str) -> None:
         seen: list[Job] = []
         with pytest.raises(JobsFailedError) as caught:
             async for job in evaluator.as_completed():
-                seen.append(job)
+                seen.append(job)  # noqa: PERF401 - a comprehension would be lost by the failure
         assert [job.args["x"] for job in caught.value.jobs] == [1]
         assert outputs(seen + await soon(evaluator.gather_async("ALL"))) == [0.0, 4.0]
 
@@ -665,8 +665,9 @@ async def test_leaving_cancels_what_runs(method: str, stage: Stage) -> None:
 )
 async def test_an_exception_of_the_block_comes_out_as_it_is(method: str, stage: Stage, error: BaseException) -> None:
     caught: BaseException | None = None
+    evaluator = make(method, stage.function(method))
     try:
-        async with make(method, stage.function(method)) as evaluator:
+        async with evaluator:
             await evaluator.submit_async(configurations(2))
             await stage.started(0).opened()
             raise error
@@ -841,10 +842,8 @@ async def test_an_aclose_cancelled_by_asyncio_leaves_a_usable_evaluator(method: 
         closing.cancel()
         await checkpoint()
         go.open()
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await soon(closing)
-        except asyncio.CancelledError:
-            pass
         job = await soon(evaluator.evaluate_async({"x": 1}))
         assert job.status is JobStatus.DONE
         assert evaluator.jobs[0].status is JobStatus.CANCELLED

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support import until
 from workers import Driver
 
 pytestmark = [
@@ -61,7 +62,7 @@ evaluator.gather("ALL")
     )
     with Driver(program, tmp_path) as driver:
         driver.wait_for("ready-0", "ready-1", "ready-2")
-        assert len(driver.descendants()) >= 6
+        until(lambda: len(driver.descendants()) >= 6)  # one that has just begun may not show its environment yet
         driver.kill()
         driver.wait()
         driver.everybody_is_gone(GONE_S)

@@ -17,7 +17,7 @@ from paraval.callback import Callback
 from paraval.storage import JobChange, JobRecord, MemoryStorage, NullStorage, Storage, UnknownIdError
 from support import METHODS, Stage, configurations, double, ids, in_threads, make, outputs, until
 
-BLANK = {
+BLANK: dict[str, Any] = {
     "status": 0,
     "in": None,
     "out": None,
@@ -305,7 +305,7 @@ def test_changes_from_many_threads_are_all_kept(storage: MemoryStorage, search_i
             storage.store_job_metadata(job_id, f"{thread}.{number}", number)
             storage.store_job_intermediate(job_id, thread, number)
 
-    in_threads(*[lambda thread=thread: change(thread) for thread in range(4)])  # type: ignore[misc] # the default binds it
+    in_threads(*[partial(change, thread) for thread in range(4)])
     job = storage.load_job(job_id)
     assert len(job["metadata"]) == 200
     assert len(job["intermediate"]["budget"]) == 200
@@ -371,7 +371,8 @@ def test_everything_works_with_a_null_storage(method: str) -> None:
     with make(method, run, num_workers=2, storage=NullStorage(), job_class=HPOJob, job_timeout=60) as evaluator:
         evaluator.submit(configurations(5))
         jobs = evaluator.gather("ALL")
-        assert {job.args["x"]: job.objective for job in jobs} == {0: 0.0, 1: 2.0, 2: 4.0, 3: "F_ValueError", 4: 8.0}
+        objectives = {job.args["x"]: job.stored_output for job in jobs}
+        assert objectives == {0: 0.0, 1: 2.0, 2: 4.0, 3: "F_ValueError", 4: 8.0}
         assert evaluator.evaluate({"x": 9}).output == {"objective": 18.0}
         assert evaluator.gather_other_jobs_done() == []
         jobs[0].status = JobStatus.DONE
@@ -425,8 +426,8 @@ def test_a_search_in_the_storage_can_be_named(storage: MemoryStorage) -> None:
 
 
 def test_a_search_that_does_not_exist_is_named(storage: MemoryStorage) -> None:
-    with pytest.raises(KeyError, match="no search '7'"), make("thread", double, storage=storage, search_id="7") as evaluator:
-        evaluator.submit(configurations(1))
+    with pytest.raises(KeyError, match="no search '7'"):
+        make("thread", double, storage=storage, search_id="7")
 
 
 # -- jobs of others ----------------------------------------------------------------------------------------------------
@@ -519,9 +520,8 @@ def test_a_job_of_another_is_seen_once_though_its_record_changes_later(by_refere
 
 def test_many_evaluators_see_all_the_others(storage: MemoryStorage) -> None:
     search_id = storage.create_new_search()
-    evaluators = [
-        make(method, double, num_workers=2, storage=storage, search_id=search_id) for method in METHODS for _ in range(2)
-    ]
+    kwargs: dict[str, Any] = {"num_workers": 2, "storage": storage, "search_id": search_id}
+    evaluators = [make(method, double, **kwargs) for method in METHODS for _ in range(2)]
 
     def work(evaluator: Evaluator) -> list[str]:
         seen: list[str] = []
@@ -535,20 +535,23 @@ def test_many_evaluators_see_all_the_others(storage: MemoryStorage) -> None:
     seen = in_threads(*[partial(work, evaluator) for evaluator in evaluators])
     everything = storage.load_all_job_ids(search_id)
     assert len(everything) == len(set(everything)) == 160
-    for evaluator, others in zip(evaluators, seen, strict=True):
-        others += ids(evaluator.gather_other_jobs_done())
+    for evaluator, seen_before in zip(evaluators, seen, strict=True):
+        others = seen_before + ids(evaluator.gather_other_jobs_done())
         assert sorted(others) == sorted(set(everything) - {job.id for job in evaluator.jobs})
         evaluator.close()
 
 
 def test_one_strange_job_of_another_does_not_hide_the_rest(storage: MemoryStorage) -> None:
-    first = make("thread", lambda job: {"no": "objective"} if job["x"] == 1 else float(job["x"]), storage=storage)
+    def run(job: RunningJob) -> Any:
+        return {"no": "objective"} if job["x"] == 1 else float(job["x"])
+
+    first = make("thread", run, storage=storage)
     second = make("thread", double, storage=storage, search_id=first.search_id, job_class=HPOJob)
     with first, second:
         first.submit(configurations(3))
         first.gather("ALL")
-        theirs = {job.id: job for job in second.gather_other_jobs_done()}
-        assert [theirs[job_id].objective for job_id in ids(theirs.values())] == [0.0, "F_ValueError", 2.0]
+        theirs = second.gather_other_jobs_done()
+        assert {job.id: job.stored_output for job in theirs} == {"0.0": 0.0, "0.1": "F_ValueError", "0.2": 2.0}
 
 
 def test_jobs_that_were_recorded_by_hand_are_seen(storage: MemoryStorage) -> None:
@@ -560,7 +563,7 @@ def test_jobs_that_were_recorded_by_hand_are_seen(storage: MemoryStorage) -> Non
         assert evaluator.gather_other_jobs_done() == []
         storage.store_job_status(job_id, JobStatus.DONE.value)
         (job,) = evaluator.gather_other_jobs_done()
-        assert (job.id, tuple(job)) == (job_id, ({"x": 1}, 0.0))
+        assert (job.id, job.args, job.stored_output) == (job_id, {"x": 1}, 0.0)
 
 
 def test_cancelled_jobs_of_another_are_seen(storage: MemoryStorage) -> None:
@@ -573,7 +576,7 @@ def test_cancelled_jobs_of_another_are_seen(storage: MemoryStorage) -> None:
             theirs = second.gather_other_jobs_done()
             assert ids(theirs) == ["0.0", "0.1"]
             assert {job.status for job in theirs} == {JobStatus.CANCELLED}
-            assert {job.objective for job in theirs} == {"F_cancelled"}
+            assert {job.stored_output for job in theirs} == {"F_cancelled"}
 
 
 async def test_jobs_of_another_are_seen_on_a_loop(storage: MemoryStorage) -> None:

@@ -1,9 +1,8 @@
-"""Deadlines, budgets and cancellation: what was asked to stop stops, or is given up; what has not begun never begins."""
+"""Deadlines, budgets and cancellation: what is asked to stop stops or is given up; what has not begun never begins."""
 
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -122,7 +121,8 @@ def test_a_limit_shorter_than_a_batch_may_wait(method: str, stage: Stage) -> Non
 
 
 def test_many_jobs_time_out_at_a_time(method: str, stage: Stage, storage: CountingStorage) -> None:
-    with make(method, stage.function(method), num_workers=20, job_timeout=0.05, job_class=HPOJob, storage=storage) as evaluator:
+    kwargs: dict[str, Any] = {"num_workers": 20, "job_timeout": 0.05, "job_class": HPOJob, "storage": storage}
+    with make(method, stage.function(method), **kwargs) as evaluator:
         evaluator.submit(configurations(40))
         jobs = evaluator.gather("ALL")
         assert len(jobs) == 40
@@ -200,7 +200,8 @@ def test_an_async_job_in_a_thread_is_cancelled(storage: CountingStorage) -> None
         finally:
             cleaned.open()
 
-    with make("thread", run, num_workers=2, job_timeout=0.05, kill_grace=5, job_class=HPOJob, storage=storage) as evaluator:
+    kwargs: dict[str, Any] = {"num_workers": 2, "job_timeout": 0.05, "kill_grace": 5, "job_class": HPOJob}
+    with make("thread", run, storage=storage, **kwargs) as evaluator:
         evaluator.submit(configurations(4))
         for job in evaluator.gather("ALL"):
             check_timed_out(job, storage)
@@ -254,7 +255,7 @@ def test_a_thread_that_does_not_stop_is_given_up_and_its_slot_not_used(stage: St
         stage.release(1)
         stage.release(0)
         (job,) = evaluator.gather("ALL")
-        assert tuple(job) == ({"x": 1}, 1.0)
+        assert (job.args, job.stored_output) == ({"x": 1}, 1.0)
         assert storage.terminal == {"0.0": 1, "0.1": 1}
 
 
@@ -312,7 +313,7 @@ def test_close_gives_up_a_loop_that_does_not_answer(storage: CountingStorage) ->
 
 def test_when_the_budget_runs_out_everything_ends(method: str, stage: Stage, storage: CountingStorage) -> None:
     stage.release(0)
-    kwargs = {"num_workers": 2, "batching": False, "job_class": HPOJob, "storage": storage}
+    kwargs: dict[str, Any] = {"num_workers": 2, "batching": False, "job_class": HPOJob, "storage": storage}
     with make(method, stage.function(method), **kwargs) as evaluator:
         evaluator.timeout = 100
         assert evaluator.timeout == 100
@@ -432,9 +433,11 @@ def test_a_job_timeout_and_a_budget_at_a_time(method: str, stage: Stage, storage
 
 
 @pytest.mark.anyio
-async def test_a_job_that_runs_too_long_is_stopped_on_any_loop(method: str, stage: Stage, storage: CountingStorage) -> None:
+async def test_a_job_that_runs_too_long_is_stopped_on_any_loop(
+    method: str, stage: Stage, storage: CountingStorage
+) -> None:
     stage.release(0, 2)
-    kwargs = {"num_workers": 2, "job_timeout": 0.05, "job_class": HPOJob, "storage": storage}
+    kwargs: dict[str, Any] = {"num_workers": 2, "job_timeout": 0.05, "job_class": HPOJob, "storage": storage}
     async with make(method, stage.function(method), **kwargs) as evaluator:
         await evaluator.submit_async(configurations(3))
         jobs = {job.args["x"]: job for job in await soon(evaluator.gather_async("ALL"))}
@@ -495,7 +498,13 @@ async def test_a_coroutine_that_does_not_stop_is_given_up(storage: CountingStora
             ended.open()
         return "never"
 
-    kwargs = {"num_workers": 1, "job_timeout": 0.03, "kill_grace": 0.05, "job_class": Job, "storage": storage}
+    kwargs: dict[str, Any] = {
+        "num_workers": 1,
+        "job_timeout": 0.03,
+        "kill_grace": 0.05,
+        "job_class": Job,
+        "storage": storage,
+    }
     async with make("serial", run, **kwargs) as evaluator:
         try:
             evaluator.submit(configurations(1))
@@ -515,45 +524,52 @@ async def test_a_coroutine_that_does_not_stop_is_given_up(storage: CountingStora
         assert (statistics.pending, statistics.running, statistics.done, statistics.cancelled) == (0, 0, 1, 1)
 
 
-@pytest.mark.anyio
-async def test_cancelling_many_evaluations_at_random_leaves_every_slot_free(
-    method: str, stage: Stage, storage: CountingStorage
-) -> None:
-    async def coroutine(job: RunningJob) -> int:
+class Interrupted:
+    """Evaluates jobs, each cancelled after a number of turns of the loop, or not."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    async def coroutine(self, job: RunningJob) -> int:
         if "meet" in job:
-            await stage.coroutine(job)
+            await self._stage.coroutine(job)
         for _ in range(job["x"] % 5):
             await checkpoint()
         return int(job["x"])
 
-    def plain(job: RunningJob) -> int:
+    def plain(self, job: RunningJob) -> int:
         if "meet" in job:
-            stage.plain(job)
+            self._stage.plain(job)
         for _ in range(job["x"] % 5):
             if job.stopped():
                 break
             time.sleep(0)
         return int(job["x"])
 
-    async def evaluate_for_a_while(x: int) -> None:
+    async def evaluate(self, evaluator: Evaluator, x: int) -> None:
+        async def evaluate() -> None:
+            job = await evaluator.evaluate_async({"x": x})
+            assert job.output == x
+            scope.cancel()
+
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
-
-                async def evaluate() -> None:
-                    job = await evaluator.evaluate_async({"x": x})
-                    assert job.output == x
-                    scope.cancel()
-
                 group.start_soon(evaluate)
                 for _ in range(x % 7):
                     await checkpoint()
                 scope.cancel()
 
-    function = coroutine if method == "serial" else plain
+
+@pytest.mark.anyio
+async def test_cancelling_many_evaluations_leaves_every_slot_free(
+    method: str, stage: Stage, storage: CountingStorage
+) -> None:
+    interrupted = Interrupted(stage)
+    function = interrupted.coroutine if method == "serial" else interrupted.plain
     async with make(method, function, num_workers=3, storage=storage) as evaluator:
         async with anyio.create_task_group() as group:
             for x in range(150):
-                group.start_soon(evaluate_for_a_while, x)
+                group.start_soon(interrupted.evaluate, evaluator, x)
         await until_async(lambda: evaluator.statistics().running == 0)
         # All three slots are free: three jobs meet.
         evaluator.submit([{"x": 5 * number, "meet": True} for number in range(3)])

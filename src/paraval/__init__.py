@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from paraval.backends.executor import ExecutorEvaluator as ExecutorEvaluator
     from paraval.backends.loky import LokyEvaluator as LokyEvaluator
+    from paraval.backends.process import ProcessPoolEvaluator as ProcessPoolEvaluator
     from paraval.backends.serial import SerialEvaluator as SerialEvaluator
     from paraval.backends.thread import ThreadPoolEvaluator as ThreadPoolEvaluator
     from paraval.engine.ledger import Statistics as Statistics
@@ -47,6 +48,7 @@ _MODULES: Final = {
     "LokyEvaluator": "paraval.backends.loky",
     "MaximumJobsSpawnReached": "paraval.errors",
     "ParavalError": "paraval.errors",
+    "ProcessPoolEvaluator": "paraval.backends.process",
     "RunningJob": "paraval.job",
     "SerialEvaluator": "paraval.backends.serial",
     "Statistics": "paraval.engine.ledger",

@@ -12,11 +12,13 @@ from paraval.job import Job
 __all__ = [
     "Args",
     "a_list",
+    "callbacks",
     "capture",
     "configuration",
     "configurations",
     "exception_types",
     "function_or_none",
+    "int_or_none",
     "job_class",
     "keywords",
     "positive_int",
@@ -52,6 +54,22 @@ def a_list(name: str, value: object) -> list[Any]:
     if value is not None and not isinstance(value, list | tuple):
         raise WrongTypeError(f"{name} must be a list, not {value!r}")
     return list(value or ())
+
+
+def callbacks(value: object) -> list[Any]:
+    """Take a list of callbacks, or None; give a new list."""
+    taken = a_list("callbacks", value)
+    for item in taken:
+        if isinstance(item, type):
+            raise WrongTypeError(f"callbacks must be objects, and {item.__name__} is a class: write {item.__name__}()")
+    return taken
+
+
+def int_or_none(name: str, value: object) -> int | None:
+    """Take an int or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise WrongTypeError(f"{name} must be an int or None, not {value!r}")
+    return value
 
 
 def keywords(name: str, value: object) -> dict[str, Any]:

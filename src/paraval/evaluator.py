@@ -123,11 +123,12 @@ class Evaluator(abc.ABC):
             raise WrongTypeError(f"run_function must be callable, not {type(run_function).__name__}")
         self.run_function = run_function
         self.num_workers = checks.positive_int("num_workers", num_workers)
-        self._callbacks: list[Callback] = checks.a_list("callbacks", callbacks)
+        self._callbacks: list[Callback] = checks.callbacks(callbacks)
         self._storage: Storage = MemoryStorage() if storage is None else storage
         if not isinstance(self._storage, Storage):
             raise WrongTypeError(f"storage must be a paraval.storage.Storage, not {type(storage).__name__}")
         self._search_id: str = self._storage.create_new_search() if search_id is None else str(search_id)
+        self._storage.scan(self._search_id, since=sys.maxsize)  # it raises where there is no such search
         self._job_class = checks.job_class(job_class)
         self._job_timeout = None if job_timeout is None else checks.seconds("job_timeout", job_timeout, or_zero=False)
         if on_error not in ("record", "raise"):
@@ -204,7 +205,7 @@ class Evaluator(abc.ABC):
             TypeError: an argument that the constructor does not have.
         """
         cls = registry.method(method).load()
-        return cls(run_function, **(method_kwargs or {}))
+        return cls(run_function, **checks.keywords("method_kwargs", method_kwargs))
 
     # -- submit --------------------------------------------------------------------------------------------------------
 
@@ -533,12 +534,12 @@ class Evaluator(abc.ABC):
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> bool | None:
         try:
             await self.aclose()
         finally:
             swallowed = await self._life.exit(exc, traceback)
-        return swallowed
+        return swallowed  # only ever true for a cancellation that is the block's own
 
     def __del__(self) -> None:
         life = self.__dict__.get("_life")  # missing when the constructor raised
@@ -586,7 +587,7 @@ class Evaluator(abc.ABC):
 
         The counters :attr:`num_jobs_submitted` and :attr:`num_jobs_gathered` start anew with it.
         """
-        limit = maximum_num_jobs_submitted
+        limit = checks.int_or_none("maximum_num_jobs_submitted", maximum_num_jobs_submitted)
         self._max_submitted = limit if limit is not None and limit > 0 else None
         self._num_offset = self._num_gathered
 
@@ -690,7 +691,10 @@ class Evaluator(abc.ABC):
 
     def decode(self, key: str) -> dict[str, Any]:
         """Read a dict from JSON; ValueError if it is something else."""
-        value = json.loads(key)
+        try:
+            value = json.loads(key)
+        except (TypeError, ValueError) as exc:
+            raise BadValueError(f"expected a JSON object: {exc}") from exc
         if not isinstance(value, dict):
             raise BadValueError(f"expected a JSON object, got {type(value).__name__}")
         return value

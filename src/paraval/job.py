@@ -229,6 +229,9 @@ class HPOJob(Job):
     def __getitem__(self, index: int) -> Any:
         return (dict(self.args), self.objective)[index]
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter((dict(self.args), self.objective))
+
     @property
     def objective(self) -> Objective | None:
         """One objective, several, or ``"F_reason"``; None while the job is not done. It is maximised by convention."""

@@ -110,7 +110,7 @@ def is_failure(objective: object) -> bool:
     if isinstance(objective, str):
         return objective.startswith(FAILURE)
     if isinstance(objective, tuple | list):
-        return any(isinstance(item, str) for item in objective)
+        return any(isinstance(item, str) and item.startswith(FAILURE) for item in objective)
     return False
 
 

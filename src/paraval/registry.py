@@ -91,12 +91,10 @@ _GROUP: Final = "paraval.evaluators"
 
 
 def methods() -> dict[str, Method]:
-    """Give every known method, ours first."""
+    """Give every known method, ours first. It imports what other packages have registered."""
     found = {name: _own(name, where) for name, where in _BUILT_IN.items()}
-    from importlib.metadata import entry_points  # here: it takes a while to import, and only this needs it
-
-    for entry in entry_points(group=_GROUP):
-        found.setdefault(entry.name, _foreign(entry))
+    for name, entry in _entries().items():
+        found.setdefault(name, _foreign(entry))
     return found
 
 
@@ -107,14 +105,23 @@ def method(name: str) -> Method:
         ValueError: there is none.
         ImportError: what it needs is not installed.
     """
-    known = methods()
-    if name not in known:
-        valid = ", ".join(known[other].label for other in known)
+    found = None
+    if isinstance(name, str):
+        found = _own(name, _BUILT_IN[name]) if name in _BUILT_IN else None
+        if found is None and name in (entries := _entries()):
+            found = _foreign(entries[name])
+    if found is None:
+        valid = ", ".join(known.label for known in methods().values())
         raise BadValueError(f"unknown method {name!r}; the methods are: {valid}")
-    found = known[name]
     if found.missing is not None:
         raise MissingExtraError(f"method {name!r} cannot be used here; it needs: {found.missing}")
     return found
+
+
+def _entries() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # here: it takes a while to import, and only this needs it
+
+    return {entry.name: entry for entry in entry_points(group=_GROUP)}
 
 
 def default_method(run_function: Callable[..., Any]) -> str:
@@ -143,7 +150,9 @@ def _foreign(entry: EntryPoint) -> Method:
         return cls
 
     try:
-        load()
-    except Exception as exc:  # noqa: BLE001 - a third party's module may fail to import in any way
+        cls: object = load()
+    except (Exception, SystemExit) as exc:  # noqa: BLE001 - another package's module may fail to import in any way
         return Method(entry.name, f"{entry.value} cannot be imported: {type(exc).__name__}: {exc}", load)
+    if not isinstance(cls, type):
+        return Method(entry.name, f"{entry.value} to be an evaluator class; it is {cls!r}", load)
     return Method(entry.name, None, load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import pickle
 import queue
 import time
@@ -160,6 +161,7 @@ class ExecutorBackend(Backend):
                 stopper=dumps(spec.stopper, "the stopper"),
                 is_async=is_async(spec.function),
                 retry_on=dumps(spec.retry_on, "retry_on"),
+                driver=os.getpid(),
             )
             self._program_of = now
             self._program = uuid.uuid4().hex, program

@@ -38,8 +38,8 @@ _starting = threading.Lock()
 def close_before_pools_wait(cls: type[Evaluator]) -> None:
     """Have the evaluators of a class that were left open closed at the program's end before their pools wait for it.
 
-    Pools wait, when the main thread has ended and before anything that ``atexit`` knows, for the calls that are in them.
-    To be called when the pools have registered for that: the last to register is the first to be called.
+    Pools wait for the calls that are in them when the main thread has ended, before anything that ``atexit`` knows. To
+    be called when the pools have registered for that: the last to register is the first to be called.
     """
 
     def close() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import os
 import selectors
 import signal
@@ -48,10 +46,7 @@ class LokyWorker(WorkerProcess):
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self._lifeline = _Lifeline()
-        self._hand_over = [
-            Connection(_no_standard_stream(theirs.detach())),
-            Connection(_no_standard_stream(self._lifeline.watched), writable=False),
-        ]
+        self._hand_over = [Connection(theirs.detach()), Connection(self._lifeline.watched, writable=False)]
         self._tails = []
         self._selector = None
         if capture is not None:
@@ -62,7 +57,7 @@ class LokyWorker(WorkerProcess):
                 tail = _Tail(os.fdopen(read, "rb", buffering=0), capture)
                 self._tails.append(tail)
                 self._selector.register(tail.fileno(), selectors.EVENT_READ)
-                self._hand_over.append(Connection(_no_standard_stream(write), readable=False))
+                self._hand_over.append(Connection(write, readable=False))
         self._socket = ours
         self._received = bytearray()
         self.setup = setup
@@ -107,20 +102,6 @@ class LokyWorker(WorkerProcess):
         self._popen.shut_down()
 
 
-def _no_standard_stream(descriptor: int) -> int:
-    """Give a descriptor another number if it has that of stdin, stdout or stderr, as in a program without them."""
-    if descriptor > 2:  # noqa: PLR2004
-        return descriptor
-    moved: int = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
-    os.close(descriptor)
-    return moved
-
-
-@functools.cache  # once is enough
-def _close_at_exit() -> None:
-    close_before_pools_wait(LokyEvaluator)
-
-
 class _LokyProcess:
     """An executor of loky's with one worker, seen as that process."""
 
@@ -138,9 +119,9 @@ class _LokyProcess:
         try:
             self._executor = ProcessPoolExecutor(max_workers=1, initializer=remote.hold, initargs=tuple(hand_over))
             call = self._executor.submit(remote.serve)
-            (self._process,) = self._executor._processes.values()  # ValueError: it has ended already
+            self._process = _process_of(self._executor)
             call.add_done_callback(on_end)
-            _close_at_exit()
+            close_before_pools_wait(LokyEvaluator)  # each time, as loky registers its own part each time
         except Exception as exc:
             self.start_failure = exc
             raise ChildProcessError(str(exc)) from exc
@@ -180,6 +161,13 @@ class _LokyProcess:
                 (os.killpg if os.getpgid(pid) == pid else os.kill)(pid, number)
         except ProcessLookupError:
             pass
+
+
+def _process_of(executor: Any) -> BaseProcess:
+    for process in list(executor._processes.values()):
+        if isinstance(process, BaseProcess):
+            return process
+    raise ChildProcessError("it ended as soon as it was started")
 
 
 class LokyBackend(ProcessBackend):

@@ -6,8 +6,10 @@ For an executor that only carries calls and their results, one call runs several
 
 from __future__ import annotations
 
+import _thread
 import os
 import pickle
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -38,6 +40,7 @@ class Program(NamedTuple):
         stopper: pickled; copied for each job.
         is_async: whether calling the run-function gives a coroutine.
         retry_on: pickled tuple of exception types.
+        driver: process id of the evaluator's process.
     """
 
     function: bytes
@@ -45,6 +48,7 @@ class Program(NamedTuple):
     stopper: bytes
     is_async: bool
     retry_on: bytes
+    driver: int
 
 
 class Done(NamedTuple):
@@ -131,9 +135,30 @@ def run_jobs(token: str, program: Program | None, jobs: list[tuple[str, Any]], b
 
 
 def _load(program: Program) -> _Loaded:
-    function, kwargs, stopper, is_async, retry_on = program
+    function, kwargs, stopper, is_async, retry_on, driver = program
+    _end_with(driver)
     load = pickle.loads  # all of it is from our own driver
     return _Loaded(load(function), load(kwargs), load(stopper), is_async, load(retry_on))
+
+
+def _end_with(driver: int) -> None:
+    """Where this process was made by multiprocessing for the driver, have it end when the driver is gone.
+
+    The workers of a pool that were forked keep one another alive.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    parent = None if process is None else process.parent_process()
+    if parent is not None and parent.pid == driver and driver not in _watched:
+        _watched.add(driver)
+        _thread.start_new_thread(_watch, (parent,))
+
+
+_watched: set[int] = set()
+
+
+def _watch(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _open(path: str) -> Board | None:

@@ -540,7 +540,7 @@ async def test_the_other_jobs_of_a_batch_outlive_a_cancelled_one(method: str) ->
             begin.open()
             await started.opened()  # these four are one batch
             group.cancel_scope.cancel()
-        await anyio.sleep(0.7)  # longer than the grace and its margin
+        await anyio.sleep(0.2)  # longer than the grace
         hold.open()
         jobs = await soon(evaluator.gather_async("ALL"))
         assert {job.args["x"]: (job.status.name, job.output) for job in jobs} == {
@@ -689,6 +689,8 @@ async def test_a_cancellation_around_the_block_stays_with_its_scope(method: str,
             pytest.fail("the cancellation was swallowed")
     assert scope.cancelled_caught
     assert [job.status for job in evaluator.jobs] == [JobStatus.DONE, JobStatus.CANCELLED, JobStatus.CANCELLED]
+    assert stage.seen
+    assert {status for _, status in stage.seen} == {JobStatus.CANCELLING}  # the jobs were asked to stop
     # What was done before can still be gathered.
     assert outputs(job for job in evaluator.gather("ALL") if job.status is JobStatus.DONE) == [0]
     evaluator.submit([{"x": 0}])

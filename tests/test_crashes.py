@@ -35,11 +35,13 @@ class Host:
 
     Attributes:
         method: its name.
+        requires: the module that it adapts.
         tells_how: whether it knows the exit code or the signal of a worker that died.
         kwargs: what its evaluator needs.
     """
 
     method: str
+    requires: str = "paraval"
     tells_how: bool = True
     kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ def _pool() -> ProcessPoolExecutor:
 PROCESS = Host("process")
 HOSTS = [
     PROCESS,
-    Host("loky"),
+    Host("loky", requires="loky"),
     Host("executor", tells_how=False, kwargs={"executor": _pool}),
 ]
 
@@ -60,6 +62,7 @@ HOSTS = [
 @pytest.fixture(params=HOSTS, ids=lambda host: host.method)
 def host(request: pytest.FixtureRequest) -> Host:
     found: Host = request.param
+    pytest.importorskip(found.requires)
     return found
 
 

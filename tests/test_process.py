@@ -26,6 +26,7 @@ import pytest
 
 import runfunctions
 from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
+from paraval.backends.process import ProcessPoolEvaluator
 from paraval.storage import JobRecord, MemoryStorage, UnknownIdError
 from runfunctions import AsyncScaler, Flags, Scaler, append_one, async_double, double, echo, scaled
 from support import CountingStorage, configurations, outputs, soon, until, until_async
@@ -683,10 +684,11 @@ def test_what_cannot_cross_is_an_error_of_the_call_and_costs_nothing_else() -> N
             lambda: store.load_search_value("0", "full"),
             lambda: store.store_job_metadata(own, "key", threading.Lock()),
             lambda: store.store_job_metadata(own, "key", runfunctions.NotForTheDriver()),
+            lambda: store.store_job_metadata(own, "key", runfunctions.WrongWhenUnpickled("sys.exit")),
         ):
             try:
                 call()
-            except Exception as exc:  # noqa: BLE001 - they are what is looked at
+            except BaseException as exc:  # noqa: BLE001 - they are what is looked at
                 seen.append((isinstance(exc, OSError), str(exc)))
         store.store_job_metadata(own, "key", "fine")
         return seen
@@ -694,13 +696,14 @@ def test_what_cannot_cross_is_an_error_of_the_call_and_costs_nothing_else() -> N
     jobs = run(function, configurations(2), storage=StrangeStorage(), batching=2)
     assert errors(jobs) == []
     for job in jobs:
-        lock, error, worse, full, unsent, refused = job.output
+        lock, error, worse, full, unsent, refused, exits = job.output
         assert "lock" in lock[1]
         assert "StrangeError: 1 and 2" in error[1]
         assert "StrangerError: 3 and 4" in worse[1]
         assert full == (True, "[Errno 28] No space left on device")
         assert "lock" in unsent[1]
         assert "not in this house" in refused[1]
+        assert "it went wrong" in exits[1]
         assert job.storage is not None
         assert job.storage.load_job(job.id)["metadata"]["key"] == "fine"
 
@@ -751,6 +754,49 @@ def test_jobs_may_talk_through_the_storage() -> None:
     assert jobs[0].output == "from the first"
 
 
+def test_a_thread_that_a_job_left_behind_harms_nobody() -> None:
+    def function(job: RunningJob) -> Any:
+        def go_on() -> None:
+            for step in range(2000):
+                try:
+                    job.record(step, 1.0)
+                except Exception:  # noqa: BLE001 - it may be told that its job has ended
+                    return
+
+        if job["x"] == 0:
+            threading.Thread(target=go_on).start()
+        return job["x"]
+
+    with make(function) as evaluator:
+        for _ in range(4):
+            for x in (0, *[1] * 20):
+                assert evaluator.evaluate({"x": x}).error is None
+
+
+def test_an_extended_execute_hears_of_every_end() -> None:
+    class Extended(ProcessPoolEvaluator):
+        async def execute(self, job: Job) -> Job:
+            done = await super().execute(job)
+            done.metadata["seen"] = done.error is None
+            return done
+
+    def function(job: RunningJob) -> Any:
+        if job["kind"] == "slow":
+            time.sleep(60)
+        runfunctions.go_wrong(job["kind"])  # nothing, of kinds that it does not know
+        return job["kind"]
+
+    with Extended(function, num_workers=2, job_timeout=1.5, kill_grace=0.2) as evaluator:
+        evaluator.submit([{"kind": kind} for kind in ("fine", "exit", "slow", "raise", "kill", "fine")])
+        evaluator.gather("ALL")
+        fine, exited, slow, raised, killed, also_fine = evaluator.jobs
+    assert [(job.output, job.metadata["seen"]) for job in (fine, also_fine)] == [("fine", True)] * 2
+    reasons = [job.error and (job.error.kind, job.error.type) for job in (exited, slow, raised, killed)]
+    assert reasons == [("worker_died", None), ("timeout", None), ("exception", "ValueError"), ("worker_died", None)]
+    assert exited.error is not None
+    assert exited.error.exit_code == runfunctions.EXIT_CODE
+
+
 # -- what a job prints -------------------------------------------------------------------------------------------------
 
 
@@ -778,6 +824,17 @@ def test_of_much_output_the_tail_is_kept() -> None:
     assert job.stdout is not None
     assert len(job.stdout) == 100
     assert job.stdout.endswith("99998\n99999\n")
+
+
+def test_what_holds_the_output_of_a_dead_worker_holds_nothing_up() -> None:
+    def function(job: RunningJob) -> None:
+        print("before", flush=True)
+        runfunctions.start_sleeper()  # it has the same stdout
+        os._exit(runfunctions.EXIT_CODE)
+
+    (job,) = run(function, configurations(1), capture_output=True)
+    assert job.error is not None
+    assert (job.error.exit_code, job.stdout) == (runfunctions.EXIT_CODE, "before\n")
 
 
 def test_what_a_stopped_job_printed_is_kept() -> None:

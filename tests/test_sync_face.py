@@ -973,7 +973,7 @@ def test_what_it_says_of_itself(method: str) -> None:
     assert evaluator.cancellation == {"serial": "cancel", "thread": "cooperative"}[method]
     assert evaluator.is_master is True
     assert evaluator.NEST_ASYNCIO_PATCHED is False
-    assert (evaluator.FAIL_RETURN_VALUE, evaluator.PYTHON_EXE) == ("F", sys.executable)
+    assert ("F", sys.executable) == (evaluator.FAIL_RETURN_VALUE, evaluator.PYTHON_EXE)
     assert repr(evaluator).startswith(f"{name}(")
     assert "num_workers=3" in repr(evaluator)
     assert evaluator.callbacks == []

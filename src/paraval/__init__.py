@@ -74,9 +74,12 @@ def __getattr__(name: str) -> Any:
     elif name in _SUBMODULES:
         value = importlib.import_module(f"paraval.{name}")
     elif name == "__version__":
-        from importlib.metadata import version  # here: it takes longer than all the rest
+        from importlib.metadata import PackageNotFoundError, version  # here: it takes longer than all the rest
 
-        value = version("paraval")
+        try:
+            value = version("paraval")
+        except PackageNotFoundError:  # run from its sources
+            value = "0+unknown"
     else:
         raise AttributeError(f"module 'paraval' has no attribute {name!r}")
     globals()[name] = value

@@ -755,10 +755,9 @@ def _warn_unclosed(evaluator: Evaluator) -> None:
 @atexit.register
 def _close_at_exit() -> None:
     """End what a program left open, so that it ends, its callbacks' files are complete and no worker stays behind."""
-    for evaluator in list(_alive):
-        if evaluator._life.is_open_in_thread:
-            try:
-                _warn_unclosed(evaluator)  # where warnings are errors, it raises
-            finally:
+    with contextlib.ExitStack() as stack:  # where warnings are errors, a warning must not keep the next from closing
+        for evaluator in list(_alive):
+            if evaluator._life.is_open_in_thread:
                 evaluator._spec.kill_grace = min(evaluator._spec.kill_grace, 1.0)
-                evaluator.close()
+                stack.callback(evaluator.close)
+                stack.callback(_warn_unclosed, evaluator)

@@ -337,7 +337,10 @@ def _forget_own_peak() -> bool:
 
 
 def _own_peak() -> int:
-    return _kibibytes(_read("/proc/self/status"), b"VmHWM:")
+    try:
+        return _kibibytes(_read("/proc/self/status"), b"VmHWM:")
+    except OSError:  # the job has used up the file descriptors, say
+        return 0
 
 
 def _read(path: str) -> bytes:

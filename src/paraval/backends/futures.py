@@ -118,10 +118,9 @@ class Pool:
     async def submit(self, function: Callable[..., Any], *args: Any) -> Call:
         """Submit a call; whatever the executor raises is raised."""
         if self._is_slow:
-            future, seconds = await anyio.to_thread.run_sync(self._submit_first, function, args)
+            future = await anyio.to_thread.run_sync(self._submit_first, function, args)
         else:
-            future, seconds = self._submit(function, args)
-        self._is_slow = seconds > _QUICK_S
+            future = self._submit(function, args)
         call = Call(future)
         if self._calls:
             call.alone = False
@@ -130,14 +129,17 @@ class Pool:
         self._calls.add(call)
         return call
 
-    def _submit_first(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Future[Any], float]:
+    def _submit_first(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
         # One at a time: of two pools that fork at once, one process may inherit what tells of the other's end.
         with _starting:
             return self._submit(function, args)
 
-    def _submit(self, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Future[Any], float]:
+    def _submit(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
         began = time.monotonic()
-        return self._executor.submit(function, *args), time.monotonic() - began
+        future = self._executor.submit(function, *args)
+        # One that has ended already may have been made in there, which must not be on the loop's thread.
+        self._is_slow = time.monotonic() - began > _QUICK_S or future.done()
+        return future
 
     def forget(self, call: Call) -> None:
         """Take note that a call has ended."""

@@ -2,32 +2,81 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Any, ClassVar
 
-from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, failure_of
+import anyio
+
+from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError, failure_of
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
+from paraval.job import Job
+from paraval.loops import Loop
 from paraval.outcome import Outcome
 
 __all__ = ["SerialEvaluator"]
 
 
 class SerialSlot(Slot):
-    """Awaits the run-function in the worker's own task: a job costs no task and no cancel scope of its own."""
+    """Runs each batch in a task of its own.
+
+    What a job leaves behind in its task (a cancel scope that an unfinished generator holds, a pending cancellation,
+    context variables) ends with that task. The tiny jobs of a batch share one; a cancellation that one of them seems to
+    have made may come from another, so that job is run again, alone.
+    """
 
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
+        self.loop = Loop.running()
 
     async def run(self, batch: Batch) -> None:
+        if not self.loop.is_asyncio:
+            with contextlib.suppress(Exception):  # jobs are caught; trio complains of a scope that a job left open
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._run_all, batch, anyio.CancelScope())
+            return
+        # The loop's own task, as anyio's costs several times as much.
+        scope = anyio.CancelScope()
+        task = asyncio.get_running_loop().create_task(self._run_all(batch, scope))
+        ended = self.loop.event()
+        task.add_done_callback(lambda _task: ended.set())
+        try:
+            await ended.wait()
+        except BaseException:
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await ended.wait()
+            raise
+        if task.cancelled():
+            self._take_cancelled(task, batch)
+
+    def _take_cancelled(self, task: asyncio.Task[None], batch: Batch) -> None:
+        """The task was cancelled, and not by us: by a job in it, unless the whole loop is being shut down."""
+        try:
+            task.result()
+        except asyncio.CancelledError as exc:
+            outcome = failure_of(exc, self._spec)
+            if outcome.error is not None and len(batch) > 1:
+                raise WorkerDiedError(outcome.error, alone=False) from exc
+            if batch.current is not None:
+                batch.finish(batch.current, outcome)
+
+    async def _run_all(self, batch: Batch, scope: anyio.CancelScope) -> None:
+        with scope:
+            while (job := batch.take()) is not None:
+                batch.finish(job, await self._outcome_of(job))
+
+    async def _outcome_of(self, job: Job) -> Outcome:
         spec = self._spec
-        while (job := batch.take()) is not None:
-            try:
-                function: Any = job.run_function
-                outcome = Outcome(await function(job.create_running_job(spec.stopper), **spec.kwargs))
-            except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
-                outcome = failure_of(exc, spec)
-            batch.finish(job, outcome)
+        try:
+            function: Any = job.run_function
+            return Outcome(await function(job.create_running_job(spec.stopper), **spec.kwargs))
+        except BaseException as exc:
+            if self.loop.is_asyncio and isinstance(exc, asyncio.CancelledError):
+                raise  # whose it is, is seen from outside
+            return failure_of(exc, spec)
 
 
 class SerialBackend(Backend):
@@ -39,7 +88,7 @@ class SerialBackend(Backend):
         self._slot: SerialSlot | None = None
 
     def slot(self, spec: RunSpec) -> Slot:
-        if self._slot is None:
+        if self._slot is None or self._slot.loop is not Loop.running():  # a new engine may be at home elsewhere
             self._slot = SerialSlot(spec)
         return self._slot
 

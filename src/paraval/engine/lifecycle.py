@@ -252,7 +252,10 @@ class _CallersLoop:
     async def _keep(self) -> None:
         while True:
             while self._engines:
-                await self._engines.popleft().run(_do_nothing)
+                # A cancellation from outside ends the caller's block, and the block's end closes the engine: in order,
+                # with the grace that its jobs have.
+                with anyio.CancelScope(shield=True):
+                    await self._engines.popleft().run(_do_nothing)
             self._wanted = self.loop.event()
             if not self._engines:
                 await self._wanted.wait()

@@ -1,0 +1,665 @@
+"""Jobs in executors that others made: Python's own, and somebody's own."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+import runfunctions
+from paraval import Evaluator, ExecutorEvaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
+from paraval.storage import MemoryStorage
+from paraval.worker.remote import Report
+from runfunctions import Flags, double, sometimes_wrong, wrong_configuration
+from support import CountingStorage, Stage, configurations, outputs, soon, until, until_async
+from workers import Driver, by_x, errors, is_alive, no_process_left_behind, timed_out
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
+    pytest.mark.filterwarnings("error"),
+]
+
+
+def processes(workers: int = 2) -> ProcessPoolExecutor:
+    # Not the fork of a process with threads, of which newer Pythons warn.
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+
+
+def threads(workers: int = 2) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers)
+
+
+class ThreadEach(Executor):
+    """Somebody's own executor: a thread for each call, and no more than an Executor must have."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self.call(fn, *args, **kwargs))
+            except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for
+                future.set_exception(exc)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+
+class AtOnce(ThreadEach):
+    """Makes the call in submit, so that the future has ended before anybody can wait for it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(self.call(fn, *args, **kwargs))
+        return future
+
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "threads": threads,
+    "processes": processes,
+    "own": ThreadEach,
+    "at-once": AtOnce,
+}
+
+
+@pytest.fixture(params=EXECUTORS)
+def factory(request: pytest.FixtureRequest) -> Callable[[], Executor]:
+    return EXECUTORS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays() -> Iterator[None]:
+    yield from no_process_left_behind()
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> Flags:
+    return Flags(tmp_path)
+
+
+def make(function: Callable[..., Any], executor: Any, **kwargs: Any) -> Evaluator:
+    return Evaluator.create(function, "executor", {"executor": executor, **kwargs})
+
+
+def run(function: Callable[..., Any], executor: Any, args_list: list[dict[str, Any]], **kwargs: Any) -> list[Job]:
+    """Run jobs; give them in the order of submission."""
+    with make(function, executor, **kwargs) as evaluator:
+        evaluator.submit(args_list)
+        evaluator.gather("ALL")
+        return evaluator.jobs
+
+
+def error_of(job: Job) -> tuple[str, str]:
+    assert job.error is not None, job
+    return job.error.kind, job.error.message
+
+
+# -- what runs, and where ----------------------------------------------------------------------------------------------
+
+
+def test_functions_of_all_kinds(factory: Callable[[], Executor]) -> None:
+    scale = 2
+
+    async def coroutine(job: RunningJob) -> Any:
+        await asyncio.sleep(0)
+        return job["x"] * scale
+
+    executor = factory()
+    for function in (double, lambda job: job["x"] * scale, runfunctions.Scaler(2).method, coroutine):
+        jobs = run(function, executor, configurations(5), num_workers=2)
+        assert errors(jobs) == []
+        assert [job.output for job in jobs] == [0, 2, 4, 6, 8]
+    executor.shutdown()
+
+
+@pytest.mark.anyio
+async def test_a_flood_on_every_loop(factory: Callable[[], Executor]) -> None:
+    storage = CountingStorage()
+    async with make(double, factory, num_workers=2, storage=storage) as evaluator:
+        await evaluator.submit_async(configurations(500))
+        jobs = await soon(evaluator.gather_async("ALL"))
+        assert errors(jobs) == []
+        assert outputs(jobs) == [2 * x for x in range(500)]
+        assert (await soon(evaluator.evaluate_async({"x": 7}))).output == 14
+    assert set(storage.terminal.values()) == {1}
+
+
+def test_an_executor_that_was_given_is_not_shut_down_and_one_that_was_made_is() -> None:
+    made: list[ThreadPoolExecutor] = []
+
+    def factory() -> ThreadPoolExecutor:
+        made.append(threads())
+        return made[-1]
+
+    with threads() as given:
+        for executor in (given, factory):
+            evaluator = make(double, executor)
+            for _ in range(2):  # a submit after the close opens it again
+                assert evaluator.evaluate({"x": 1}).output == 2
+                evaluator.close()
+        assert given.submit(int, "3").result() == 3
+    assert len(made) == 2
+    for executor in made:
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            executor.submit(int)
+
+
+def test_several_evaluators_share_an_executor() -> None:
+    with processes() as executor, make(double, executor) as first, make(runfunctions.echo, executor) as second:
+        for evaluator in (first, second):
+            evaluator.submit(configurations(20))
+        assert outputs(first.gather("ALL")) == [2 * x for x in range(20)]
+        assert outputs(second.gather("ALL")) == list(range(20))
+
+
+def test_in_threads_a_job_shares_the_objects_of_the_program() -> None:
+    lock = threading.Lock()  # cannot be sent anywhere
+    seen: list[object] = []
+    (job,) = run(lambda job: seen.append(job["lock"]), threads, [{"lock": lock}])
+    assert job.error is None
+    assert seen == [lock]
+
+
+@pytest.mark.parametrize("size", [10, 100_000], ids=["small", "large"])
+def test_static_arguments_reach_every_process(size: int) -> None:
+    def function(job: RunningJob, data: bytes) -> Any:
+        time.sleep(0.005)  # so that both work
+        return len(data), os.getpid()
+
+    jobs = run(function, processes, configurations(30), num_workers=2, run_function_kwargs={"data": bytes(size)})
+    assert errors(jobs) == []
+    assert {job.output[0] for job in jobs} == {size}
+    assert os.getpid() not in {job.output[1] for job in jobs}
+
+
+def test_a_long_job_in_a_batch_gives_the_others_back(flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        flags.count(str(job["x"]))
+        if job["x"] == 3:
+            time.sleep(0.02)
+        return job["x"]
+
+    jobs = run(function, processes, configurations(40), num_workers=1, batching=20)
+    assert errors(jobs) == []
+    assert [job.output for job in jobs] == list(range(40))
+    assert all(flags.text(f"count-{x}") == "1" for x in range(40))
+
+
+@pytest.mark.parametrize("kind", ["processes", "own"])
+def test_what_a_job_stores_arrives_with_its_outcome(kind: str) -> None:
+    def function(job: RunningJob) -> Any:
+        search = str(job.id).rpartition(".")[0]
+        for budget in (1, 2):
+            job.record(budget, budget * 0.5)
+        job.storage.store_job_metadata(str(job.id), "note", job["x"])
+        job.storage.store_search_value(search, "said", "hello")
+        with pytest.raises(KeyError, match=r"knows its own record"):
+            job.storage.load_job(f"{search}.77")
+        if job["x"] == 1:
+            raise LookupError("after all that")
+        return [job.storage.load_job(str(job.id))["intermediate"], job.storage.load_search_value(search, "said")]
+
+    storage = MemoryStorage()
+    first, second = run(function, EXECUTORS[kind], configurations(2), storage=storage)
+    intermediate = {"budget": [1, 2], "objective": [0.5, 1.0]}
+    assert first.output == [intermediate, "hello"]
+    assert error_of(second) == ("exception", "after all that")
+    for job in (first, second):
+        record = storage.load_job(job.id)
+        assert record["intermediate"] == intermediate
+        assert record["metadata"]["note"] == job.args["x"]
+    assert storage.load_search_value("0", "said") == "hello"
+
+
+def test_a_stopper_stops_its_job() -> None:
+    def function(job: RunningJob) -> Any:
+        step = 0
+        while not job.stopped():
+            step += 1
+            job.record(step, step)
+        return step
+
+    with make(function, processes) as evaluator:
+        evaluator._spec.stopper = runfunctions.Patience()
+        assert evaluator.evaluate({}).output == 3
+
+
+class Elsewhere(ThreadEach):
+    """As if on a machine whose clock has nothing to do with ours."""
+
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        report: Report = super().call(fn, *args, **kwargs)
+        moved = [done._replace(started=done.started - 9e6, finished=done.finished - 9e6) for done in report.done]
+        return report._replace(done=moved)
+
+
+@pytest.mark.parametrize("executor", [processes, Elsewhere])
+def test_times_are_on_the_evaluators_clock(executor: Callable[[], Executor]) -> None:
+    jobs = run(lambda _job: time.sleep(0.01), executor, configurations(4), num_workers=2)
+    for job in jobs:
+        submitted, started, finished, gathered = job.timing
+        assert None not in (submitted, started, finished, gathered)
+        assert submitted <= started <= finished <= gathered  # type: ignore[operator] # the line above sees to it
+        assert job.timing.ran is not None
+        assert job.timing.ran >= 0.0099
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def _broken_factory() -> Executor:
+    raise LookupError("no executor to be had")
+
+
+@pytest.mark.parametrize(
+    ("executor", "builtin", "message"),
+    [
+        (None, TypeError, r"executor must be a concurrent\.futures\.Executor, or a function .* not None"),
+        (3, TypeError, r"executor must be .* not 3"),
+        (dict, TypeError, r"what the factory builtins\.dict makes must be a concurrent\.futures\.Executor, not \{\}"),
+        (_broken_factory, ValueError, r"the factory of executors .*_broken_factory failed: LookupError: no executor"),
+    ],
+)
+def test_a_bad_executor_is_refused(executor: Any, builtin: type[Exception], message: str) -> None:
+    with pytest.raises(builtin, match=message) as caught:
+        make(double, executor)
+    assert isinstance(caught.value, ParavalError)
+
+
+def test_what_cannot_be_sent_is_named() -> None:
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"variable 'lock'.*cannot be pickled") as caught:
+        make(lambda job: lock.locked(), processes)
+    assert isinstance(caught.value, ParavalError)
+
+    def function(job: RunningJob) -> Any:
+        return {"deep": [1, threading.Lock()]} if job["x"] == 1 else 0
+
+    jobs = run(function, processes, [{"x": {"y": [lock]}}, {"x": 1}, {"x": 2}])
+    assert error_of(jobs[0])[1].startswith("the arguments['x']['y'][0] cannot be pickled: lock object")
+    assert error_of(jobs[1])[1].startswith("the result['deep'][1] cannot be pickled: lock object")
+    assert jobs[2].error is None
+
+
+class NotThere:
+    """A callable that cannot be loaded where it arrives."""
+
+    def __call__(self, job: RunningJob) -> None: ...
+
+    def __reduce__(self) -> Any:
+        return runfunctions.go_wrong, ("raise",)
+
+
+def test_a_run_function_that_cannot_be_loaded_is_the_failure_of_its_jobs() -> None:
+    for job in run(NotThere(), processes, configurations(2)):
+        assert error_of(job) == ("exception", "the run-function could not be loaded by the executor: it went wrong")
+
+
+def test_an_executor_that_takes_no_more_jobs_is_the_failure_of_them() -> None:
+    executor = threads()
+    with make(double, executor) as evaluator:
+        assert evaluator.evaluate({"x": 1}).output == 2
+        executor.shutdown()
+        evaluator.submit(configurations(3))
+        for job in evaluator.gather("ALL"):
+            kind, message = error_of(job)
+            assert kind == "worker_died"
+            assert message.startswith("the executor takes no job (RuntimeError: cannot schedule new futures")
+            assert "pass a factory" in message
+
+
+def test_a_factory_that_fails_later_is_the_failure_of_the_jobs() -> None:
+    executors = [threads()]
+
+    def factory() -> Executor:
+        return executors.pop() if executors else _broken_factory()
+
+    evaluator = make(double, factory)
+    assert evaluator.evaluate({"x": 1}).output == 2
+    evaluator.close()
+    kind, message = error_of(evaluator.evaluate({"x": 1}))
+    assert kind == "worker_died"
+    assert message.endswith("failed: LookupError: no executor to be had")
+    evaluator.close()
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------------
+
+
+def polite(flags: Flags) -> Callable[[RunningJob], Any]:
+    """Make a run-function that says that it runs, and returns early when it is asked to stop."""
+
+    def function(job: RunningJob) -> Any:
+        flags.put(f"began-{job['x']}")
+        while not flags.up(f"go-{job['x']}"):
+            if job.stopped():
+                return f"stopped: {job.status.name}"
+            time.sleep(0.002)
+        return job["x"]
+
+    return function
+
+
+@pytest.mark.parametrize("executor", [threads, processes, ThreadEach])
+def test_a_job_is_asked_to_stop(executor: Callable[[], Executor], flags: Flags) -> None:
+    flags.put("go-1")
+    first, second = run(polite(flags), executor, configurations(2), num_workers=2, job_timeout=0.3, kill_grace=20.0)
+    assert timed_out(first)
+    assert first.metadata["returned"] == "stopped: CANCELLING"
+    assert second.output == 1
+
+
+@pytest.mark.parametrize("executor", [threads, processes, ThreadEach])
+def test_a_coroutine_is_cancelled_and_may_tidy_up(executor: Callable[[], Executor], flags: Flags) -> None:
+    async def function(job: RunningJob) -> Any:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            flags.put("tidy", job.status.name)
+
+    (job,) = run(function, executor, configurations(1), job_timeout=0.3, kill_grace=20.0)
+    assert timed_out(job)
+    assert flags.text("tidy") == "CANCELLING"
+
+
+@pytest.mark.parametrize("executor", [threads, processes, ThreadEach])
+def test_a_job_that_goes_on_is_given_up_and_its_slot_is_not_used_until_it_ends(
+    executor: Callable[[], Executor], flags: Flags
+) -> None:
+    def function(job: RunningJob) -> Any:
+        flags.put(f"began-{job['x']}")
+        if job["x"] == 0:
+            flags.wait("go")
+        return job["x"]
+
+    with make(function, executor, job_timeout=0.2, kill_grace=0.1) as evaluator:
+        evaluator.submit(configurations(2))
+        (job,) = evaluator.gather("BATCH", 1)
+        assert timed_out(job)
+        assert job.args["x"] == 0
+        assert not flags.up("began-1")
+        flags.put("go")
+        (job,) = evaluator.gather("ALL")
+        assert job.output == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("executor", [threads, processes])
+async def test_a_call_that_waits_in_the_executor_is_stopped_at_once(
+    executor: Callable[[int], Executor], flags: Flags
+) -> None:
+    with executor(1) as pool:
+        async with make(polite(flags), pool, num_workers=2, kill_grace=20.0) as evaluator:
+            await evaluator.submit_async(configurations(1))
+            await until_async(lambda: flags.up("began-0"))
+            async with anyio.create_task_group() as group:
+                group.start_soon(evaluator.evaluate_async, {"x": 1})
+                await until_async(lambda: evaluator.statistics().pending == 0)
+                group.cancel_scope.cancel()
+            flags.put("go-0")
+            (job,) = await soon(evaluator.gather_async("ALL"))
+            assert job.output == 0
+            assert not flags.up("began-1")
+
+
+def test_cancelling_a_job_leaves_those_beside_it_in_its_batch_alone(flags: Flags) -> None:
+    function = polite(flags)
+
+    def either(job: RunningJob) -> Any:
+        return job["x"] if job["x"] == 0 else function(job)
+
+    with make(either, processes, batching=5, kill_grace=20.0) as evaluator:
+        evaluator.submit(configurations(4))
+        flags.wait("began-1")
+        first, running, unwanted, last = evaluator.jobs
+        evaluator._cancel(unwanted, "it is not wanted")
+        until(lambda: unwanted.status is not JobStatus.RUNNING)
+        flags.put("go-1")  # it was not asked to stop
+        flags.put("go-3")
+        evaluator.gather("ALL")
+    assert [job.output for job in (first, running, last)] == [0, 1, 3]
+    assert unwanted.status is JobStatus.CANCELLED
+    assert not flags.up("began-2")
+
+
+def test_the_time_of_a_job_begins_with_its_call() -> None:
+    with processes(1) as executor:
+        jobs = run(lambda _job: time.sleep(0.5), executor, configurations(3), num_workers=3, job_timeout=0.95)
+    assert errors(jobs) == []
+
+
+def test_close_does_not_wait_for_a_job_that_goes_on() -> None:
+    with Stage() as stage:
+        evaluator = make(stage.plain, threads, num_workers=2, kill_grace=0.1)
+        evaluator.submit(configurations(3))
+        stage.started(0).wait()
+        stage.started(1).wait()
+        assert {job.status for job in evaluator.close()} == {JobStatus.CANCELLED}
+
+
+# -- pools that break --------------------------------------------------------------------------------------------------
+
+DEADLY = {"exit": (runfunctions.EXIT_CODE, None), "kill": (None, signal.SIGKILL), "segfault": (None, signal.SIGSEGV)}
+
+
+def _sync(evaluator: Evaluator, args_list: list[dict[str, Any]]) -> None:
+    with evaluator:
+        evaluator.submit(args_list)
+        evaluator.gather("ALL")
+
+
+def _at_home_on(backend: str) -> Callable[[Evaluator, list[dict[str, Any]]], None]:
+    async def main(evaluator: Evaluator, args_list: list[dict[str, Any]]) -> None:
+        async with evaluator:
+            await evaluator.submit_async(args_list)
+            await soon(evaluator.gather_async("ALL"))
+
+    def face(evaluator: Evaluator, args_list: list[dict[str, Any]]) -> None:
+        anyio.run(main, evaluator, args_list, backend=backend)
+
+    return face
+
+
+FACES = {"sync": _sync, "asyncio": _at_home_on("asyncio"), "trio": _at_home_on("trio")}
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_each_crash_is_one_failure(face: str) -> None:
+    if face == "trio":
+        pytest.importorskip("trio", reason="the extra 'trio' brings it")
+    crashes = [(place, kind) for place in ("argument", "running", "result") for kind in (*DEADLY, "raise")]
+    args_list: list[dict[str, Any]] = []
+    for number, (place, kind) in enumerate(crashes):
+        args_list += [wrong_configuration(place, kind), {"x": number}]
+    storage = CountingStorage()
+    evaluator = make(sometimes_wrong, processes, num_workers=2, storage=storage, job_class=HPOJob)
+    FACES[face](evaluator, args_list)
+    assert len(evaluator.jobs) == len(args_list)
+    for job, (_, kind) in zip(evaluator.jobs[::2], crashes, strict=True):
+        assert job.error is not None
+        if kind in DEADLY:
+            assert job.error.kind == "worker_died"
+            assert (job.error.exit_code, job.error.signal) == DEADLY[kind]
+        else:
+            assert job.error.kind == "exception"
+            assert "it went wrong" in job.error.message
+    innocent = evaluator.jobs[1::2]
+    assert errors(innocent) == []
+    assert [job.output["objective"] for job in innocent] == [2 * number for number in range(len(crashes))]
+    assert set(storage.terminal.values()) == {1}
+
+
+def test_poison_in_batches_is_found() -> None:
+    args_list: list[dict[str, Any]] = configurations(120)
+    for x in (17, 60, 61):
+        args_list[x] = wrong_configuration("running", "kill")
+    jobs = run(sometimes_wrong, processes, args_list, num_workers=2, batching=20)
+    assert [number for number, job in enumerate(jobs) if job.failed] == [17, 60, 61]
+
+
+def test_those_who_were_there_when_it_broke_are_run_again_side_by_side(flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        x = job["x"]
+        if flags.count(str(x)) == 1:
+            flags.put(f"there-{x}")
+            flags.wait("there-0", "there-1", "there-2")
+            if x == 0:
+                os._exit(3)
+            time.sleep(60)  # ends with the pool
+        if x == 0:
+            os._exit(3)
+        flags.put(f"again-{x}")
+        flags.wait("again-1", "again-2")  # if one came after the other, neither would come to an end
+        return x
+
+    guilty, *others = run(function, lambda: processes(3), configurations(3), num_workers=3)
+    assert guilty.error is not None
+    assert (guilty.error.kind, guilty.error.exit_code, guilty.error.attempts) == ("worker_died", 3, 1)
+    assert [job.output for job in others] == [1, 2]
+
+
+def test_a_job_whose_worker_dies_has_its_attempts(flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        if flags.count(str(job["x"])) < job["x"]:
+            os._exit(3)
+        return job["x"]
+
+    jobs = run(function, processes, [{"x": x} for x in (1, 2, 3, 9)], num_workers=1, max_attempts=3)
+    assert [job.output for job in jobs] == [1, 2, 3, None]
+    assert jobs[3].error is not None
+    assert (jobs[3].error.kind, jobs[3].error.attempts) == ("worker_died", 3)
+
+
+def test_without_a_factory_a_broken_executor_stays_broken() -> None:
+    with processes() as executor, make(sometimes_wrong, executor, num_workers=2) as evaluator:
+        assert evaluator.evaluate({"x": 1}).output == 2
+        evaluator.submit([wrong_configuration("running", "kill"), *configurations(5)])
+        jobs = evaluator.gather("ALL")
+        kind, message = error_of(evaluator.jobs[0])
+        assert kind == "worker_died"
+        assert "pass a factory" in message
+        kind, message = error_of(evaluator.evaluate({"x": 1}))
+        assert kind == "worker_died"
+        assert message.startswith("the executor takes no job (")
+        assert "pass a factory" in message
+        assert len(jobs) == 6
+
+
+def test_an_idle_pool_that_breaks_costs_no_job() -> None:
+    with make(runfunctions.pid, lambda: processes(1)) as evaluator:
+        pid = evaluator.evaluate({}).output
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not is_alive(pid))
+        time.sleep(0.05)  # the pool notices in its own time, and tells nobody
+        job = evaluator.evaluate({})
+        assert job.error is None
+        assert job.output != pid
+
+
+class LosesCalls(ThreadEach):
+    """Has a process that is dead, and calls that it will never end, as a pool whose pipe was inherited by a fork."""
+
+    def __init__(self) -> None:
+        process = multiprocessing.get_context("spawn").Process(target=int)
+        process.start()
+        process.join()
+        self._processes = {process.pid: process}
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return Future()
+
+
+def test_a_pool_that_does_not_notice_a_death_hangs_nobody() -> None:
+    (job,) = run(double, LosesCalls, configurations(1))
+    assert error_of(job) == ("worker_died", "a process of the executor ended with exit code 0 while it ran the job")
+
+
+class Loses(ThreadEach):
+    """Ends some calls with an error of its own, as the scheduler of a cluster that has lost a machine."""
+
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        report: Report = super().call(fn, *args, **kwargs)
+        if any(done.value == 6 for done in report.done):
+            raise ConnectionResetError("the machine is gone")
+        return report
+
+
+@pytest.mark.parametrize("executor", [Loses, Loses()], ids=["factory", "object"])
+@pytest.mark.parametrize("batching", [False, 5])
+def test_a_call_that_the_executor_loses_is_one_failure(executor: Any, batching: Any) -> None:
+    jobs = by_x(run(double, executor, configurations(10), num_workers=2, batching=batching))
+    message = "the executor lost the job: ConnectionResetError: the machine is gone"
+    assert error_of(jobs[3]) == ("worker_died", message)
+    assert [job.output for x, job in jobs.items() if x != 3] == [2 * x for x in range(10) if x != 3]
+
+
+def _fail() -> None:
+    raise LookupError("nothing to begin with")
+
+
+@pytest.mark.parametrize("kind", [ThreadPoolExecutor, ProcessPoolExecutor])
+def test_an_initializer_that_fails_fails_the_jobs(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    context = {"mp_context": multiprocessing.get_context("forkserver")} if kind is ProcessPoolExecutor else {}
+    jobs = run(double, lambda: kind(1, initializer=_fail, **context), configurations(3), num_workers=2)
+    assert {error_of(job)[0] for job in jobs} == {"worker_died"}
+
+
+# -- the driver --------------------------------------------------------------------------------------------------------
+
+JOBS = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from paraval import Evaluator
+
+def job(job):
+    flags.put(f"pid-{job['x']}", os.getpid())
+    time.sleep(60)
+
+def factory():
+    return ProcessPoolExecutor(2)
+
+evaluator = Evaluator.create(job, "executor", {"num_workers": 2, "kill_grace": 0.2, "executor": factory})
+evaluator.submit([{"x": x} for x in range(3)])
+flags.wait("pid-0", "pid-1")
+"""
+forks = pytest.mark.skipif(sys.version_info >= (3, 14), reason="the program's pool would need a guard")
+
+
+@forks
+def test_a_driver_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
+    with Driver(JOBS + 'evaluator.gather("ALL")', tmp_path, "-W", "ignore") as driver:
+        driver.wait_for("pid-0", "pid-1")
+        driver.kill()
+        driver.wait()
+        driver.everybody_is_gone(5.0)
+
+
+@forks
+def test_a_driver_may_end_without_close(tmp_path: Path) -> None:
+    with Driver(JOBS, tmp_path, "-W", "ignore", "-W", "default::ResourceWarning") as driver:
+        assert driver.wait() == 0
+        driver.everybody_is_gone(5.0)
+        assert "ExecutorEvaluator" in driver.output
+        assert "was not closed" in driver.output
+        assert not driver.flags.up("pid-2")
+
+
+def test_the_class() -> None:
+    evaluator = make(double, threads, num_workers=3)
+    assert type(evaluator) is ExecutorEvaluator
+    assert evaluator.cancellation == "cooperative"
+    assert evaluator.num_workers == 3

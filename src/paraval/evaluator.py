@@ -757,7 +757,10 @@ def _close_at_exit() -> None:
     """End what a program left open, so that it ends, its callbacks' files are complete and no worker stays behind."""
     with contextlib.ExitStack() as stack:  # where warnings are errors, a warning must not keep the next from closing
         for evaluator in list(_alive):
-            if evaluator._life.is_open_in_thread:
+            engine = evaluator._life.engine
+            if evaluator._life.is_open_in_thread and engine is not None:
                 evaluator._spec.kill_grace = min(evaluator._spec.kill_grace, 1.0)
+                with contextlib.suppress(ParavalError):
+                    engine.stop()  # all of them at once: each may need its grace
                 stack.callback(evaluator.close)
                 stack.callback(_warn_unclosed, evaluator)

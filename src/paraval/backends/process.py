@@ -156,7 +156,7 @@ class ProcessSlot(Slot):
             # A memory store answers at once; another may wait for a disk or a network.
             value = function(*args) if storage.by_reference else await anyio.to_thread.run_sync(function, *args)
             reply: tuple[Any, ...] = ("reply", None, dumps(value, f"the result of {method}"))
-        except Exception as exc:  # noqa: BLE001 - it is raised again in the job
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - it is raised again in the job
             reply = ("reply", _sendable(exc), None)
         return pickle.dumps(reply, 5)
 
@@ -187,7 +187,7 @@ def _outcome(error: tuple[Any, ...] | None, value: Any) -> Outcome:
     return Outcome(value)
 
 
-def _sendable(exc: Exception) -> bytes:
+def _sendable(exc: BaseException) -> bytes:
     """Pickle an exception; one that would not arrive as it is goes as its type and text."""
     try:
         data = pickle.dumps(exc, 5)

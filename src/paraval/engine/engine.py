@@ -579,6 +579,8 @@ async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch, s
         return
     try:
         outcome = Outcome(await execute(job))
+    except WorkerDiedError:
+        raise  # the worker's end, not a failure of what overrides execute
     except BaseException as exc:  # noqa: BLE001 - an overridden execute is user code
         outcome = failure_of(exc, spec)
     batch.finish(job, outcome)

@@ -219,12 +219,12 @@ class Worker:
             if self._is_async:
                 value = self._complete(value, job)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
-            self._live = None
+            self._end_calls()
             if os.getpid() != self._pid:
                 os._exit(1)
             error = error_from_exception(exc)
             return (*error, isinstance(exc, self._retry_on)), None
-        self._live = None
+        self._end_calls()
         if os.getpid() != self._pid:
             os._exit(0)  # the job forked, and its child came back too: there is one worker on this socket
         if is_plain(value):
@@ -257,14 +257,21 @@ class Worker:
 
         return PipeStorage(self.call)
 
+    def _end_calls(self) -> None:
+        """The job is over; a call that a thread of it is in the middle of has its reply first."""
+        with self._calling:
+            self._live = None
+
     # -- the guard -----------------------------------------------------------------------------------------------------
 
     def _wake_guard(self) -> None:
         if not self._guard_runs:
             self._guard_runs = True
             _thread.start_new_thread(self._guard, ())
-        elif self._guard_asleep:
-            self._guard_asleep = False
+            return
+        with self._state:
+            asleep, self._guard_asleep = self._guard_asleep, False
+        if asleep:
             self._guard_wanted.release()
 
     def _guard(self) -> None:
@@ -275,17 +282,18 @@ class Worker:
             with self._state:
                 stuck = self._batches == seen and self._current is not None
                 seen = self._batches
-                idle = not self._todo and self._current is None
                 back, current = [], self._current
                 if stuck:
                     back = [job_id for job_id, _ in self._todo]
                     self._todo.clear()
+                # Decided here, under the lock, so that a batch that begins now finds it asleep, and wakes it.
+                self._guard_asleep = stuck or (not self._todo and self._current is None)
+                asleep = self._guard_asleep
             if stuck and current is not None and told != seen:
                 told = seen
                 self._report()
                 self._send(("back", back, *current))
-            if idle or stuck:
-                self._guard_asleep = True
+            if asleep:
                 self._guard_wanted.acquire()
 
     # -- the socket ----------------------------------------------------------------------------------------------------
@@ -294,6 +302,8 @@ class Worker:
         """Have the parent call a method of the storage; give what it returns or raise what it raises."""
         sealed = dumps(args, f"the arguments of {method}")
         with self._calling:
+            if self._live is None:  # from now on the main thread reads from the socket
+                raise RuntimeError("the job has ended; a thread that it left behind cannot reach its storage")
             self._send(("call", method, sealed))
             reply = self._receive()
         if reply is None:

@@ -286,7 +286,8 @@ def assert_complete(path: Path, jobs: list[HPOJob]) -> None:
     for job, row in zip(jobs, rows, strict=True):
         objective: Any = job.objective
         if isinstance(objective, tuple):
-            expected = list(map(str, objective)) if several else [""]  # no room for two
+            both = list(map(str, objective))
+            expected = both if several else [f"({', '.join(both)})"]  # no room for two
         else:
             expected = [str(objective)] * (1 + several)
         assert [cell for name, cell in row.items() if name.startswith("objective")] == expected

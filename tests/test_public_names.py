@@ -62,7 +62,8 @@ PUBLIC = {
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_the_public_names_are_these(module: str) -> None:
-    assert set(importlib.import_module(module).__all__) == PUBLIC[module]
+    # A star must work with the base install, so it leaves out what needs an extra.
+    assert set(importlib.import_module(module).__all__) == PUBLIC[module] - {"LokyEvaluator"}
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module in PUBLIC for name in sorted(PUBLIC[module])])

@@ -65,7 +65,9 @@ except OSError:  # it was removed
 
 _SUBMODULES: Final = ("callback", "errors", "storage", "utils")
 
-__all__ = [*_MODULES, *_SUBMODULES, "__version__"]  # noqa: PLE0604 - the names of the table above
+# What needs an extra is imported by name: a star must work with the base install.
+_NEED_AN_EXTRA: Final = frozenset({"LokyEvaluator"})
+__all__ = [*(name for name in _MODULES if name not in _NEED_AN_EXTRA), *_SUBMODULES, "__version__"]  # noqa: PLE0604 - the names of the table above
 
 
 def __getattr__(name: str) -> Any:
@@ -87,4 +89,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_MODULES})

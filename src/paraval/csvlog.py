@@ -207,6 +207,8 @@ class CSVLog:
             writer.writeheader()
         for row in rows:
             cells = row.cells(layout.objectives)
+            if row.objectives and "objective" in known:  # the columns froze with one objective: better there than lost
+                cells["objective"] = f"({', '.join(row.objective)})"
             writer.writerow(cells)
             for name in sorted(cells.keys() - known - self._left_out):
                 if cells[name] != "":

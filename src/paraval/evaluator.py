@@ -262,7 +262,7 @@ class Evaluator(abc.ABC):
         return jobs
 
     def _submit_new(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
-        jobs = self._make_jobs(configurations)
+        jobs = self._make_jobs(configurations, is_private=private is not None)
         self._ledger.expect(jobs, self._clock(), private)
         try:
             for job in jobs if self._callbacks else ():
@@ -275,7 +275,7 @@ class Evaluator(abc.ABC):
             self.jobs += jobs
         return jobs
 
-    def _make_jobs(self, configurations: Sequence[Args]) -> list[Job]:
+    def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
         make, search_id, storage, context = self._job_class, self._search_id, self._storage, self._context
         first = storage.allocate(search_id, len(configurations))
         jobs = []
@@ -289,7 +289,7 @@ class Evaluator(abc.ABC):
             job._submitted = now
             job.metadata["timestamp_submit"] = now
             jobs.append(job)
-            records.append(JobRecord(job.id, args=(args,), metadata=job.metadata, owner=owner))
+            records.append(JobRecord(job.id, args=(args,), metadata=job.metadata, owner=owner, is_private=is_private))
         storage.insert(records)
         return jobs
 
@@ -420,6 +420,7 @@ class Evaluator(abc.ABC):
             gate.wait(self._life.check)
         except BaseException:
             self._cancel(job, "its caller was interrupted")
+            self._stamp_gathered([job])  # by nobody else, ever
             raise
         self._refuse_lost(job)
         self._note_gathered([job])
@@ -438,6 +439,7 @@ class Evaluator(abc.ABC):
                 self._cancel(job, "its caller was cancelled")
                 with anyio.CancelScope(shield=True):
                     await ended.wait()
+            await self._note_gathered_async([job])  # by nobody else, ever
             raise
         self._refuse_lost(job)
         await self._note_gathered_async([job])
@@ -466,7 +468,9 @@ class Evaluator(abc.ABC):
         jobs = []
         for record in records:
             status = JobStatus(record.status)
-            if record.owner == self._owner or not status.is_terminal or record.id in self._seen_others:
+            if record.owner == self._owner or record.is_private or not status.is_terminal:
+                continue
+            if record.id in self._seen_others:
                 continue
             self._seen_others.add(record.id)  # its record may change again: a note in the metadata, say
             args = record.args[0] if record.args else {}

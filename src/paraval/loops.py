@@ -122,6 +122,11 @@ class Loop:
         return bool(self._native.is_running()) if self.is_asyncio else True
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the loop will never run again, as far as it can be known (trio's loops are not dropped midway)."""
+        return bool(self._native.is_closed()) if self.is_asyncio else False
+
+    @property
     def is_here(self) -> bool:
         """Whether this thread is the one that runs the loop."""
         return threading.get_ident() == self.thread_id

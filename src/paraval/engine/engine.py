@@ -125,7 +125,7 @@ class Engine:
         Raises:
             EvaluatorClosedError: the loop is gone.
         """
-        if self.loop.is_here:
+        if self.loop.is_here and self.loop.is_running:
             self._admit(jobs)
         else:
             self._doorbell.ring(self._admit, jobs)

@@ -29,6 +29,7 @@ class JobRecord(msgspec.Struct, gc=False):
         budgets: of the intermediate results, in the order they were recorded.
         objectives: of the intermediate results.
         owner: the evaluator that submitted the job.
+        is_private: it belongs to whoever evaluates it, and is nothing for others to gather.
         extra: what ``store_job`` was given under a key of the caller's own.
         revision: of the search, when this record last changed.
     """
@@ -43,6 +44,7 @@ class JobRecord(msgspec.Struct, gc=False):
     budgets: list[float] | None = None
     objectives: list[Any] | None = None
     owner: str | None = None
+    is_private: bool = False
     extra: dict[str, Any] | None = None
     revision: int = 0
 

@@ -422,12 +422,47 @@ async def test_a_storage_that_fails_on_any_loop(method: str, first: int) -> None
             await soon(evaluator.evaluate_async({"x": 1}))
 
 
-def test_a_storage_failure_names_itself(method: str, caplog: pytest.LogCaptureFixture) -> None:
-    class Full(MemoryStorage):
-        def update(self, changes: Sequence[JobChange]) -> None:
-            raise OSError(28, "No space left on device")
+class Switched(MemoryStorage):
+    """Refuses updates while it is full."""
 
-    evaluator = make(method, double, storage=Full(), kill_grace=0.05)
+    full = False
+
+    def update(self, changes: Sequence[JobChange]) -> None:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        super().update(changes)
+
+
+@pytest.mark.parametrize("recovers", [True, False], ids=["recovers", "stays full"])
+def test_close_tries_once_more_to_save_results(
+    method: str, stage: Stage, recovers: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Switched()
+    evaluator = make(method, stage.function(method), storage=storage, kill_grace=0.05)
+    evaluator.submit(configurations(1))
+    stage.started(0).wait()
+    storage.full = True
+    stage.release(0)
+    with pytest.raises(OSError, match="No space left"):
+        evaluator.gather("ALL")
+    storage.full = not recovers
+    assert evaluator.close() == []
+    jobs = evaluator.gather("ALL")
+    if recovers:
+        assert outputs(jobs) == [0]
+        assert storage.load_job("0.0")["status"] == JobStatus.DONE.value
+        assert storage.load_job("0.0")["out"] == 0
+    else:
+        assert jobs == []
+        assert storage.load_job("0.0")["status"] == JobStatus.RUNNING.value
+        assert any("never saved: 0.0" in record.getMessage() for record in caplog.records)
+    assert evaluator.statistics().pending == evaluator.statistics().running == 0
+
+
+def test_a_storage_failure_names_itself(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    storage = Switched()
+    storage.full = True
+    evaluator = make(method, double, storage=storage, kill_grace=0.05)
     with caplog.at_level(logging.CRITICAL + 1, "paraval"), evaluator:
         evaluator.submit(configurations(1))
         with pytest.raises(ParavalError, match=r"the storage failed.*No space left") as caught:
@@ -437,15 +472,7 @@ def test_a_storage_failure_names_itself(method: str, caplog: pytest.LogCaptureFi
 
 
 def test_a_storage_failure_wakes_everyone_who_waits(method: str, stage: Stage) -> None:
-    class Full(MemoryStorage):
-        full = False
-
-        def update(self, changes: Sequence[JobChange]) -> None:
-            if self.full:
-                raise OSError(28, "No space left on device")
-            super().update(changes)
-
-    storage = Full()
+    storage = Switched()
 
     def waiting(call: Any) -> Any:
         def wait() -> type[BaseException] | None:
@@ -1023,7 +1050,7 @@ def test_an_interrupt_anywhere_in_gather_loses_nothing(method: str) -> None:
 def test_a_forked_child_is_told_and_the_parent_unharmed(method: str) -> None:
     program = run_program(
         f"""
-        import os, sys, warnings
+        import os, signal, sys, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks beside threads
         from paraval import Evaluator, ParavalError
         from paraval.errors import ForkedError
@@ -1037,6 +1064,7 @@ def test_a_forked_child_is_told_and_the_parent_unharmed(method: str) -> None:
         evaluator.submit([dict(x=1)])
         child = os.fork()
         if child == 0:
+            signal.alarm(15)  # it must not outlive a test that failed
             told = 0
             for call in (
                 lambda: evaluator.submit([dict(x=2)]),
@@ -1073,7 +1101,7 @@ def test_a_forked_child_may_just_end(method: str) -> None:
     """Neither its atexit nor its collector touches the parent's evaluator."""
     program = run_program(
         f"""
-        import gc, os, sys, time, warnings
+        import gc, os, signal, sys, time, warnings
         warnings.simplefilter("ignore", DeprecationWarning)
         from paraval import Evaluator
 
@@ -1084,6 +1112,7 @@ def test_a_forked_child_may_just_end(method: str) -> None:
         evaluator.submit([{{}}])
         child = os.fork()
         if child == 0:
+            signal.alarm(15)
             del evaluator
             gc.collect()
             sys.exit(0)

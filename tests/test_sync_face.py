@@ -188,6 +188,27 @@ def test_jobs_start_in_the_order_of_submission(method: str) -> None:
     assert started == list(range(50))
 
 
+def test_jobs_that_a_batch_gives_up_keep_their_place(method: str, stage: Stage) -> None:
+    started = []
+    inner: Any = stage.function(method)
+
+    async def coroutine(job: RunningJob) -> None:
+        started.append(job["x"])
+        await inner(job)
+
+    def plain(job: RunningJob) -> None:
+        started.append(job["x"])
+        inner(job)
+
+    with make(method, coroutine if method == "serial" else plain, num_workers=1, batching=3) as evaluator:
+        evaluator.submit(configurations(9))
+        stage.started(0).wait()
+        threading.Event().wait(0.05)  # the first batch is found to be slow, and gives up its other jobs
+        stage.release_all()
+        evaluator.gather("ALL")
+    assert started == list(range(9))
+
+
 def test_two_evaluators_run_at_the_same_time(method: str) -> None:
     with Stage() as left, Stage() as right:
         first = make(method, left.function(method))

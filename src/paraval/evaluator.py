@@ -37,6 +37,7 @@ from paraval.errors import (
     UsageError,
     WrongTypeError,
 )
+from paraval.functions import describe
 from paraval.job import Job, JobContext, JobStatus
 from paraval.loops import Loop
 from paraval.outcome import FAILURE, Outcome
@@ -45,6 +46,7 @@ from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage
 if TYPE_CHECKING:
     from paraval.callback import Callback
     from paraval.csvlog import CSVLog
+    from paraval.memory import MemoryLimit
 
 __all__ = ["Evaluator"]
 
@@ -76,19 +78,25 @@ class Evaluator(abc.ABC):
         max_pending: back-pressure: submit waits while this many jobs wait for a worker; None: it never waits.
         batching: how many jobs a worker takes at once: ``"auto"`` (several only while jobs are far shorter than a
             millisecond), a number, or False for one.
+        memory_limit: the bytes that a job's process and its children may hold; a job that takes more is killed, and
+            fails as ``"memory_limit_exceeded"``. Where jobs have no worker process (serial, thread), each gets a
+            process of its own. None: no limit.
+        profile: measure when each job ran and how much memory it took, as :func:`~paraval.profile` does with
+            ``memory=True``.
 
     Raises:
         ValueError: an argument has no sensible value.
         TypeError: an argument has no sensible type.
 
     Attributes:
-        run_function: as given.
+        run_function: as given, and decorated where ``profile`` or ``memory_limit`` asks for it.
         num_workers: as given.
         cancellation: what can be done to a running job: ``"cancel"`` its coroutine, ``"kill"`` it, or only
             ``"cooperative"`` asking.
         parallel: what runs side by side: ``"coroutines"``, ``"threads"``, …
         closures: whether lambdas and local functions can be run-functions.
         several_hosts: whether jobs can run on other machines.
+        watches_memory: whether it watches the memory of its worker processes, so that jobs need none of their own.
         jobs: every job that was submitted, in order; those of ``evaluate`` excepted.
         job_id_gathered: ids of the jobs that were gathered.
     """
@@ -100,6 +108,7 @@ class Evaluator(abc.ABC):
     parallel: ClassVar[str] = "?"
     closures: ClassVar[bool] = True
     several_hosts: ClassVar[bool] = False
+    watches_memory: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -118,10 +127,13 @@ class Evaluator(abc.ABC):
         on_error: Literal["record", "raise"] = "record",
         max_pending: int | None = None,
         batching: Batching = "auto",
+        memory_limit: float | None = None,
+        profile: bool = False,
     ) -> None:
         if not callable(run_function):
             raise WrongTypeError(f"run_function must be callable, not {type(run_function).__name__}")
-        self.run_function = run_function
+        self._memory_limit: MemoryLimit | None = None
+        self.run_function = self._measured(run_function, memory_limit, profile=profile)
         self.num_workers = checks.positive_int("num_workers", num_workers)
         self._callbacks: list[Callback] = checks.callbacks(callbacks)
         self._storage: Storage = MemoryStorage() if storage is None else storage
@@ -139,7 +151,7 @@ class Evaluator(abc.ABC):
         self._batching = batching
 
         self._spec = RunSpec(
-            run_function,
+            self.run_function,
             checks.keywords("run_function_kwargs", run_function_kwargs),
             origin=time.monotonic(),
             kill_grace=checks.seconds("kill_grace", kill_grace, or_zero=True),
@@ -167,7 +179,7 @@ class Evaluator(abc.ABC):
         self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, self._spec.kill_grace)
 
         self._owner = uuid.uuid4().hex
-        self._context = JobContext()
+        self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
         self.jobs: list[Job] = []
         self.job_id_gathered: list[str] = []
         self._counting = threading.Lock()  # of the three numbers below
@@ -182,6 +194,35 @@ class Evaluator(abc.ABC):
         self._undumped: list[Job] = []
         self._csv: CSVLog | None = None
         _alive.add(self)
+
+    def _measured(
+        self, run_function: Callable[..., Any], memory_limit: float | None, *, profile: bool
+    ) -> Callable[..., Any]:
+        """Note the memory limit; decorate the run-function with what it asks for and the backend does not do."""
+        if memory_limit is None and not profile and not self.watches_memory:
+            return run_function
+        from paraval import memory, profiling  # here: most evaluators never need them
+        from paraval.worker.pickling import PicklingFailed, dumps
+
+        limits = []
+        if memory_limit is not None:
+            limits.append(memory.MemoryLimit(memory.limit_in_bytes("memory_limit", memory_limit)))
+        decorated = profiling.settings_of(run_function) or profiling.Profile(report=False)
+        if decorated.limit is not None:
+            limits.append(decorated.limit)
+        self._memory_limit = min(limits, default=None)
+        if profile or limits:
+            memory.require()
+        profile = profile and not (decorated.memory and decorated.report)
+        if not profile and (self.watches_memory or memory_limit is None):
+            return run_function
+        limit = None if self.watches_memory else self._memory_limit
+        wrapped = profiling.wrap(run_function, profiling.Profile(memory=profile, limit=limit, report=profile))
+        try:
+            dumps(wrapped, "the run-function")
+        except PicklingFailed as exc:
+            raise BadValueError(f"{describe(run_function)} cannot be given a process of its own: {exc}") from exc
+        return wrapped
 
     @abc.abstractmethod
     def _make_backend(self) -> Backend:

@@ -6,9 +6,7 @@ It returns what the function returns, raises what it raises, and the running job
 from __future__ import annotations
 
 import copy
-import math
 import pickle
-import signal
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -16,14 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from paraval.errors import BadValueError, ParavalError
 from paraval.functions import describe, is_async
 from paraval.job import Job, JobContext, JobStatus, RunningJob
-from paraval.memory import MemoryLimit, WatchedProcess, require, supervise
+from paraval.memory import MemoryLimit, require
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.worker.pickling import PicklingFailed, dumps
 
 if TYPE_CHECKING:
     import anyio
-
-    from paraval.backends.process import ProcessSlot
 
 __all__ = ["ChildFailedError", "call", "call_async"]
 
@@ -129,7 +125,7 @@ async def _run(
         storage=NullStorage() if job is None else job.storage,
     )
     spec.stopper = _without_job(None if job is None else job.stopper)
-    backend = ProcessBackend(sent_call, max_jobs_per_worker=None, initializer=None, capture=None)
+    backend = ProcessBackend(sent_call, max_jobs_per_worker=None, initializer=None, capture=None, memory_limit=limit)
     try:
         backend.setup(spec)
     except PicklingFailed as exc:
@@ -137,28 +133,19 @@ async def _run(
     slot = ProcessSlot(spec, backend)
     sent_job = Job("0.0", {}) if job is None else Job(str(job.id), dict(job.parameters))
     batch = Batch([sent_job], spec.clock, lambda: None)
-    child = _Child(slot, limit)
-    died: JobError | None = None
     async with anyio.create_task_group() as group:
-        if limit is not None:
-            group.start_soon(supervise, child.watched, limit.interval)
+        group.start_soon(backend.supervise)
         group.start_soon(_cancel_when_stopped, group.cancel_scope, job, stop)
         try:
             await slot.run(batch)
         except WorkerDiedError as exc:
-            died = exc.error
+            batch.finish_sent(sent_job, Outcome(error=exc.error), 0, 0)
         group.cancel_scope.cancel()
     with anyio.CancelScope(shield=True):
         await slot.close()
     for _, outcome, _ in batch.collect():
         return outcome
-    if died is None:
-        return Outcome(error=JobError("cancelled", "the job was asked to stop"))
-    if limit is not None and child.process is not None and child.process.exceeded is not None:
-        ended = spec.clock()
-        started = ended if sent_job._started is None else sent_job._started
-        return limit.outcome(child.process.exceeded, started, ended, died.pid)
-    return Outcome(error=died)
+    return Outcome(error=JobError("cancelled", "the job was asked to stop"))
 
 
 async def _cancel_when_stopped(scope: anyio.CancelScope, job: RunningJob | None, stop: threading.Event | None) -> None:
@@ -169,23 +156,6 @@ async def _cancel_when_stopped(scope: anyio.CancelScope, job: RunningJob | None,
         if stop.is_set() or (job is not None and job._live is not None and job._live._status is JobStatus.CANCELLING):
             scope.cancel()
         await anyio.sleep(_LOOK_S)
-
-
-class _Child:
-    """The worker process of a slot, as who watches its memory sees it."""
-
-    def __init__(self, slot: ProcessSlot, limit: MemoryLimit | None) -> None:
-        self._slot = slot
-        self._limit = math.inf if limit is None else limit.bytes
-        self.process: WatchedProcess | None = None
-
-    def watched(self) -> list[WatchedProcess]:
-        worker = self._slot._process
-        if worker is None:  # not started yet, or gone
-            return []
-        if self.process is None:
-            self.process = WatchedProcess(worker.pid, self._limit, lambda: worker.signal(signal.SIGKILL))
-        return [self.process]
 
 
 # -- what is sent ------------------------------------------------------------------------------------------------------

@@ -81,7 +81,16 @@ class Outcome(NamedTuple):
 
 
 def error_from_exception(exc: BaseException) -> JobError:
-    """Describe an exception as data. It never raises, whatever the exception's own methods do."""
+    """Describe an exception as data. It never raises, whatever the exception's own methods do.
+
+    One that comes from another process, where more was known of it, brings its description along.
+    """
+    try:
+        known = vars(exc).get("_job_error")
+    except BaseException:  # noqa: BLE001 - likewise
+        known = None
+    if type(known) is JobError:
+        return known
     try:
         message = "".join([str(exc)])  # exactly a str: one of a subclass might not cross to another process
     except BaseException:  # noqa: BLE001 - a broken __str__ must not cost the job its record

@@ -18,7 +18,17 @@ from paraval.job import Job, JobStatus
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.storage import Storage
 
-__all__ = ["Backend", "Batch", "Cancellation", "Ended", "RunSpec", "Slot", "WorkerDiedError", "failure_of"]
+__all__ = [
+    "Backend",
+    "Batch",
+    "Cancellation",
+    "Ended",
+    "RunSpec",
+    "Slot",
+    "WorkerDiedError",
+    "failure_of",
+    "outcome_of",
+]
 
 Cancellation = Literal["cancel", "kill", "cooperative"]
 """What a backend can do to a running job: cancel its coroutine, kill it, or only ask it to stop."""
@@ -281,7 +291,13 @@ def failure_of(exc: BaseException, spec: RunSpec) -> Outcome:
         raise exc from None
     if isinstance(exc, cancelled) and (anyio.current_effective_deadline() == -math.inf or spec.home_is_ending()):
         raise exc
-    return Outcome(error=error_from_exception(exc), may_retry=isinstance(exc, spec.retry_on))
+    return outcome_of(exc, spec)
+
+
+def outcome_of(exc: BaseException, spec: RunSpec) -> Outcome:
+    """Turn what a run-function raised into its outcome; it may have had a process of its own, which died."""
+    error = error_from_exception(exc)
+    return Outcome(error=error, may_retry=error.kind == "worker_died" or isinstance(exc, spec.retry_on))
 
 
 class Slot(abc.ABC):

@@ -16,6 +16,7 @@ from typing import IO, Any, ClassVar, Final
 
 import anyio
 
+from paraval.memory import MemoryMeter, WatchedProcess
 from paraval.outcome import JobError
 
 __all__ = ["WorkerProcess"]
@@ -31,10 +32,17 @@ _BOOTSTRAP: Final = (
 class WorkerProcess:
     """A running worker and the socket to it.
 
+    Attributes:
+        memory: what watches its memory, while it runs jobs that are limited in it.
+        held: the bytes that were in it before these jobs.
+
     Args:
         setup: the first frame, sent with the first jobs.
         capture: how many bytes of its stdout and stderr to keep, from the end; None: they go where ours go.
     """
+
+    memory: WatchedProcess | None = None
+    held = 0
 
     def __init__(self, setup: bytes, capture: int | None = None) -> None:
         ours, theirs = socket.socketpair()
@@ -163,6 +171,15 @@ class WorkerProcess:
         """
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def look_at_memory(self) -> int:
+        """Give the bytes that an idle worker holds; its next jobs are not to blame for them."""
+        self.held = MemoryMeter(self.pid).sample()
+        return self.held
+
+    def watch_memory(self, limit: float) -> None:
+        """Have it killed when it holds more."""
+        self.memory = WatchedProcess(self.pid, limit, lambda: self.signal(signal.SIGKILL), inherited=self.held)
 
     def output(self) -> tuple[str, str] | None:
         """Give and forget the tails of stdout and stderr so far; None when they are not captured."""

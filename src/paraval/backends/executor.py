@@ -162,6 +162,8 @@ class ExecutorBackend(Backend):
                 is_async=is_async(spec.function),
                 retry_on=dumps(spec.retry_on, "retry_on"),
                 driver=os.getpid(),
+                origin=spec.origin,
+                kill_grace=spec.kill_grace,
             )
             self._program_of = now
             self._program = uuid.uuid4().hex, program

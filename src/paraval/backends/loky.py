@@ -200,6 +200,7 @@ class LokyEvaluator(ProcessPoolEvaluator):
             max_jobs_per_worker=self._max_jobs_per_worker,
             initializer=self._initializer,
             capture=self._capture,
+            memory_limit=self._memory_limit,
         )
         backend.check(self._spec)
         return backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import pickle
 import signal
@@ -20,6 +21,7 @@ from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
 from paraval.job import Job
+from paraval.memory import MemoryLimit, WatchedProcess, supervise
 from paraval.outcome import JobError, Outcome
 from paraval.worker.main import Sealed, Setup
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
@@ -49,11 +51,14 @@ class ProcessSlot(Slot):
 
     async def _worker(self, batch: Batch) -> WorkerProcess:
         """Give the worker, or a new one in the place of one that can take no more jobs."""
-        setup = self._backend.setup(self._spec)
+        setup, limit = self._backend.setup(self._spec), self._backend.memory_limit
         process = self._process
         # One that died while it had nothing to do is replaced in silence: no job is to blame.
         if process is not None and (process.is_gone or process.setup is not setup):
             await self._let_go()
+            process = None
+        if process is not None and limit is not None and process.look_at_memory() > limit.bytes:
+            await self._let_go()  # earlier jobs have filled it
             process = None
         if process is None:
             process = self._process = self._backend.start_worker(setup)
@@ -67,17 +72,21 @@ class ProcessSlot(Slot):
         try:
             if sent:
                 await process.send(frame)
+                if self._backend.memory_limit is not None:
+                    process.watch_memory(self._backend.memory_limit.bytes)
             while sent:
                 for reply in await process.receive():
                     await self._take(process, batch, sent, reply)
                 if sent:
                     batch.report()
+            process.memory = None
         except OSError as exc:  # the end of the file, or a broken pipe: the worker is gone
             with anyio.CancelScope(shield=True):
                 self._forget()
                 error = await process.post_mortem()
                 self._attach_output(process, sent.values())
-            raise WorkerDiedError(error) from exc
+            if process.memory is None or not self._settle_excess(process.memory, batch, sent, count, error):
+                raise WorkerDiedError(error) from exc
         except BaseException:
             with anyio.CancelScope(shield=True):
                 self._forget()
@@ -86,6 +95,25 @@ class ProcessSlot(Slot):
         process.jobs_done += count
         if self._backend.jobs_left(process) == 0:
             await self._let_go()
+
+    def _settle_excess(
+        self, memory: WatchedProcess, batch: Batch, sent: dict[str, Job], count: int, error: JobError
+    ) -> bool:
+        """Settle the job whose worker was killed for its memory; False when it was not killed for that.
+
+        Raises:
+            WorkerDiedError: jobs that the worker had run before may have left it there; what is left is run again.
+        """
+        size, limit, now = memory.exceeded, self._backend.memory_limit, self._spec.clock()
+        if size is None or limit is None:
+            return False
+        if count > 1 or memory.is_suspect_only:
+            raise WorkerDiedError(error, alone=False)
+        for job in list(sent.values()):
+            started = now if job._started is None else job._started
+            job.metadata["memory"] = size
+            batch.finish_sent(job, limit.outcome(size, started, now, error.pid), started, now)
+        return True
 
     async def close(self) -> None:
         await self._let_go()
@@ -209,7 +237,9 @@ class ProcessBackend(Backend):
         max_jobs_per_worker: int | None,
         initializer: Callable[[], object] | None,
         capture: int | None,
+        memory_limit: MemoryLimit | None = None,
     ) -> None:
+        self.memory_limit = memory_limit
         self.workers: set[WorkerProcess] = set()
         self.max_jobs_per_worker = max_jobs_per_worker
         self._capture = capture
@@ -237,11 +267,17 @@ class ProcessBackend(Backend):
         return worker
 
     async def supervise(self) -> None:
-        while True:
-            await anyio.sleep(_SUPERVISION_S)
-            for worker in self.workers:
-                if worker.is_gone:
-                    worker.notice_the_end()
+        async with anyio.create_task_group() as group:
+            if self.memory_limit is not None:
+                group.start_soon(supervise, self._watched, self.memory_limit.interval)
+            while True:
+                await anyio.sleep(_SUPERVISION_S)
+                for worker in self.workers:
+                    if worker.is_gone:
+                        worker.notice_the_end()
+
+    def _watched(self) -> list[WatchedProcess]:
+        return [worker.memory for worker in self.workers if worker.memory is not None]
 
     def setup(self, spec: RunSpec) -> bytes:
         """Give the first frame for a worker: the same object for as long as nothing in it has changed."""
@@ -281,6 +317,8 @@ class ProcessBackend(Backend):
             is_async=self._is_async,
             retry_on=retry_on,
             is_captured=self._capture is not None,
+            kill_grace=spec.kill_grace,
+            memory_limit=math.inf if self.memory_limit is None else self.memory_limit.bytes,
         )
         return pickle.dumps(("setup", setup), 5)
 
@@ -305,6 +343,7 @@ class ProcessPoolEvaluator(Evaluator):
     """
 
     cancellation: ClassVar[Cancellation] = "kill"
+    watches_memory: ClassVar[bool] = True
     parallel: ClassVar[str] = "processes"
 
     def __init__(
@@ -329,6 +368,7 @@ class ProcessPoolEvaluator(Evaluator):
             max_jobs_per_worker=self._max_jobs_per_worker,
             initializer=self._initializer,
             capture=self._capture,
+            memory_limit=self._memory_limit,
         )
         backend.check(self._spec)
         return backend

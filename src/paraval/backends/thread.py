@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import anyio
 
-from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot
+from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, outcome_of
 from paraval.evaluator import Evaluator
 from paraval.job import Job, JobStatus
 from paraval.loops import Loop
-from paraval.outcome import Outcome, error_from_exception
+from paraval.outcome import Outcome
 
 __all__ = ["ThreadPoolEvaluator"]
 
@@ -96,7 +96,7 @@ class _JobThread(threading.Thread):
                 value = self._complete(value, job)
             return Outcome(value)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
-            return Outcome(error=error_from_exception(exc), may_retry=isinstance(exc, spec.retry_on))
+            return outcome_of(exc, spec)
 
     def _complete(self, coroutine: Any, job: Job) -> Any:
         """Run a coroutine to its end on this thread's own loop."""

@@ -29,7 +29,7 @@ import time
 from collections import deque
 from typing import Any, Final, NamedTuple
 
-from paraval.job import Job, JobStatus
+from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
@@ -53,6 +53,8 @@ class Setup(NamedTuple):
         is_async: whether calling the run-function gives a coroutine.
         retry_on: pickled tuple of exception types; or None.
         is_captured: whether the parent reads what is printed, so that nothing may wait in a buffer for a crash.
+        kill_grace: seconds between asking a job to stop and the strongest means.
+        memory_limit: the bytes at which the parent kills this process; infinity for never.
     """
 
     path: list[str]
@@ -65,6 +67,8 @@ class Setup(NamedTuple):
     is_async: bool
     retry_on: bytes | None
     is_captured: bool
+    kill_grace: float
+    memory_limit: float
 
 
 class Sealed(NamedTuple):
@@ -173,6 +177,7 @@ class Worker:
                 stream.reconfigure(line_buffering=True)  # type: ignore[union-attr] # they are the interpreter's own
             faulthandler.enable()  # a crash shows where it was
         self._origin = setup.origin
+        self._context = JobContext(origin=setup.origin, kill_grace=setup.kill_grace, memory_limit=setup.memory_limit)
         self._is_async = setup.is_async
         self._function = pickle.loads(setup.function)  # noqa: S301 - from our own parent
         self._kwargs = pickle.loads(setup.kwargs)  # noqa: S301 - likewise
@@ -212,6 +217,7 @@ class Worker:
             if type(args) is Sealed:
                 args = pickle.loads(args.data)  # noqa: S301 - from our own parent
             job = Job(job_id, args, self._function)
+            job.context = self._context
             job.storage = self._storage_client  # type: ignore[assignment] # made when the run-function asks for it
             job._status = JobStatus.RUNNING
             self._live = job

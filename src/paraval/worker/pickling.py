@@ -107,6 +107,8 @@ def _parts(value: Any) -> list[tuple[str, Any]]:  # noqa: C901 - one short quest
                 continue
         parts += [(f" (its default {index})", item) for index, item in enumerate(value.__defaults__ or ())]
         parts += [(f" (its default {name!r})", item) for name, item in (value.__kwdefaults__ or {}).items()]
+        if hasattr(value, "__wrapped__"):  # functools.wraps
+            parts.append((" (decorated)", value.__wrapped__))
         known = getattr(value, "__globals__", {})
         parts += [(f" (its global {name!r})", known[name]) for name in value.__code__.co_names if name in known]
     if hasattr(value, "func") and hasattr(value, "args") and hasattr(value, "keywords"):  # functools.partial

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from paraval.job import Job, JobStatus
+from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.board import Board
 from paraval.worker.main import Sealed, _flush_output, main
@@ -41,6 +41,8 @@ class Program(NamedTuple):
         is_async: whether calling the run-function gives a coroutine.
         retry_on: pickled tuple of exception types.
         driver: process id of the evaluator's process.
+        origin: where the evaluator's clock is zero, on the driver's monotonic clock.
+        kill_grace: seconds between asking a job to stop and the strongest means.
     """
 
     function: bytes
@@ -49,6 +51,8 @@ class Program(NamedTuple):
     is_async: bool
     retry_on: bytes
     driver: int
+    origin: float
+    kill_grace: float
 
 
 class Done(NamedTuple):
@@ -94,6 +98,7 @@ class _Loaded(NamedTuple):
     stopper: Any
     is_async: bool
     retry_on: tuple[type[BaseException], ...]
+    context: JobContext
 
 
 _loaded: dict[str, _Loaded] = {}
@@ -135,10 +140,11 @@ def run_jobs(token: str, program: Program | None, jobs: list[tuple[str, Any]], b
 
 
 def _load(program: Program) -> _Loaded:
-    function, kwargs, stopper, is_async, retry_on, driver = program
+    function, kwargs, stopper, is_async, retry_on, driver, origin, kill_grace = program
     _end_with(driver)
     load = pickle.loads  # all of it is from our own driver
-    return _Loaded(load(function), load(kwargs), load(stopper), is_async, load(retry_on))
+    context = JobContext(origin=origin, kill_grace=kill_grace)
+    return _Loaded(load(function), load(kwargs), load(stopper), is_async, load(retry_on), context)
 
 
 def _end_with(driver: int) -> None:
@@ -230,6 +236,7 @@ class _Call:
                 args = pickle.loads(args.data)  # noqa: S301 - from our own driver
             job = _LiveJob(job_id, args, loaded.function)
             job.board, job.place = self._board, place
+            job.context = loaded.context
             job.storage = storage  # type: ignore[assignment] # made when the run-function asks for it
             value = loaded.function(job.create_running_job(loaded.stopper), **loaded.kwargs)
             if loaded.is_async:

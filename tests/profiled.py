@@ -159,7 +159,8 @@ def mixed(job: RunningJob, folder: str = "") -> Any:
     """Do what the job says; ``"hoard"`` counts how often it was begun."""
     match job["x"]:
         case "hoard":
-            Flags(folder).count("hoard")
+            if folder:
+                Flags(folder).count("hoard")
             return hoard()
         case "in C":
             held = [take(10) for _ in range(40)]

@@ -457,6 +457,8 @@ async def test_cancelling_who_evaluates_cancels_the_job(method: str, stage: Stag
         assert (await soon(evaluator.evaluate_async({"x": 1}))).output == 1
         assert storage.terminal == {"0.0": 1, "0.1": 1}
         assert evaluator.statistics().cancelled == 1
+        # Nobody else will ever gather it, and a search that waits for the counts to meet must not wait for ever.
+        assert evaluator.num_jobs_gathered == evaluator.num_jobs_submitted == 2
 
 
 async def test_cancelling_who_evaluates_cancels_a_waiting_job(method: str, stage: Stage) -> None:

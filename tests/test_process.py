@@ -955,6 +955,21 @@ def test_a_job_that_stops_within_the_grace_is_not_waited_for(flags: Flags) -> No
     assert job.metadata["returned"] == "stopped: CANCELLING"
 
 
+def test_what_a_job_started_is_asked_to_stop_too(flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        script = (
+            f"trap 'touch {flags.folder}/told; exit' TERM; touch {flags.folder}/ready; while :; do sleep 0.01; done"
+        )
+        with subprocess.Popen(["sh", "-c", script]):  # which ends when it is told, and the job with it
+            pass
+        return "all tidy"
+
+    (job,) = run(function, configurations(1), job_timeout=0.5, kill_grace=15.0)
+    assert timed_out(job)
+    assert flags.up("told")
+    assert job.metadata["returned"] == "all tidy"
+
+
 def test_without_a_grace_it_is_killed_at_once(flags: Flags) -> None:
     (job,) = run(deaf(flags, "sleeps"), configurations(1), job_timeout=0.3, kill_grace=0)
     assert timed_out(job)

@@ -184,6 +184,7 @@ def test_a_memory_limit_fails_the_job_that_exceeds_it_and_no_other(method: str, 
     assert kind(guilty) == "memory_limit_exceeded"
     assert guilty.error is not None
     assert (guilty.error.attempts, guilty.error.signal) == (1, None)
+    assert Flags(tmp_path).text("count-hoard") == "1"
     assert errors([jobs[1], jobs[2]]) == []
     assert jobs[1].metadata.keys() == {"timestamp_submit", "timestamp_gather"}
 

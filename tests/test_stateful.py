@@ -251,7 +251,7 @@ class EvaluatorMachine(RuleBasedStateMachine):
         assert shown.failed == failed
         assert shown.done == len(known) - stopped - failed
         assert (shown.pending, shown.running, shown.callback_errors) == (0, 0, 0)
-        assert self.evaluator.num_jobs_gathered == len(known)
+        assert self.evaluator.num_jobs_gathered == self.evaluator.num_jobs_submitted == self.count
 
 
 class SerialMachine(EvaluatorMachine):

@@ -31,6 +31,7 @@ from paraval import (
     ThreadPoolEvaluator,
 )
 from paraval.callback import Callback
+from paraval.engine.batching import BatchSizer
 from paraval.errors import JobFailedError, JobsFailedError, UsageError
 from paraval.storage import MemoryStorage
 from support import (
@@ -1217,6 +1218,31 @@ def test_every_way_of_batching_runs_every_job(method: str, batching: Any) -> Non
     with make(method, double, num_workers=3, batching=batching) as evaluator:
         evaluator.submit(configurations(100))
         assert outputs(evaluator.gather("ALL")) == [2.0 * x for x in range(100)]
+
+
+def test_batches_grow_while_jobs_are_tiny_and_shrink_at_once() -> None:
+    sizer = BatchSizer("auto", num_workers=2)
+    sizes = []
+    for _ in range(12):
+        sizes.append(sizer.next_size(10_000))
+        sizer.learn(sizes[-1], sizes[-1] * 1e-6)
+    assert sizes == [1, 2, 4, 8, 16, 32, 64, 128, 256, 256, 256, 256]
+    assert sizer.next_size(100) == 50  # a fair share of what waits
+    assert sizer.next_size(1) == 1
+    sizer.learn(256, 256 * 0.001)
+    assert sizer.next_size(10_000) == 1
+    for _ in range(12):  # jobs of 200 µs: a batch shall not take longer than some milliseconds
+        size = sizer.next_size(10_000)
+        assert size * 0.0002 < 0.010
+        sizer.learn(size, size * 0.0002)
+
+
+@pytest.mark.parametrize(("batching", "size"), [(False, 1), (1, 1), (7, 7), (1000, 256)])
+def test_batches_of_a_fixed_size(batching: Any, size: int) -> None:
+    sizer = BatchSizer(batching, num_workers=1)
+    for _ in range(3):
+        assert sizer.next_size(10_000) == size
+        sizer.learn(size, 10.0)
 
 
 def test_a_batch_gives_up_jobs_behind_a_long_one(method: str, stage: Stage) -> None:

@@ -32,7 +32,7 @@ _CODES_S: Final = 0.2
 """How long after a break to wait for the exit code of the process that died."""
 _ADVICE: Final = "pass a factory, as in executor=lambda: ProcessPoolExecutor(), to have a broken one replaced"
 
-_starting = threading.Lock()
+_forking = threading.Lock()
 
 
 def close_before_pools_wait(cls: type[Evaluator]) -> None:
@@ -118,7 +118,7 @@ class Pool:
     async def submit(self, function: Callable[..., Any], *args: Any) -> Call:
         """Submit a call; whatever the executor raises is raised."""
         if self._is_slow:
-            future = await anyio.to_thread.run_sync(self._submit_first, function, args)
+            future = await anyio.to_thread.run_sync(self._submit_slowly, function, args)
         else:
             future = self._submit(function, args)
         call = Call(future)
@@ -129,9 +129,9 @@ class Pool:
         self._calls.add(call)
         return call
 
-    def _submit_first(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
+    def _submit_slowly(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
         # One at a time: of two pools that fork at once, one process may inherit what tells of the other's end.
-        with _starting:
+        with _forking if self.is_of_processes else contextlib.nullcontext():
             return self._submit(function, args)
 
     def _submit(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
@@ -140,6 +140,18 @@ class Pool:
         # One that has ended already may have been made in there, which must not be on the loop's thread.
         self._is_slow = time.monotonic() - began > _QUICK_S or future.done()
         return future
+
+    def fail(self, failure: BaseException) -> None:
+        """Take note that it takes no calls any more."""
+        self.failure = failure
+        if isinstance(failure, BrokenExecutor):
+            # The executor does so itself, but not with one that was being started just then, and waits for that for ever.
+            self._kill_processes()
+
+    def _kill_processes(self) -> None:
+        for process in self._processes():
+            with contextlib.suppress(Exception):  # it has ended, or not begun
+                process.kill()
 
     def forget(self, call: Call) -> None:
         """Take note that a call has ended."""
@@ -156,8 +168,8 @@ class Pool:
                 call.give_up(BrokenExecutor("a process of the executor has ended"))
         self._dead = dead
 
-    async def cause_of_death(self) -> JobError:
-        """Say how a process of a broken executor died, as far as that can be seen."""
+    async def cause_of_death(self) -> JobError | None:
+        """Say how a process of a broken executor died, where that can be seen."""
         give_up = time.monotonic() + _CODES_S
         # When one process dies, a pool of Python's ends the others by SIGTERM.
         while (codes := self._exit_codes()) is not None and all(code == -Signals.SIGTERM for code in codes):
@@ -166,7 +178,7 @@ class Pool:
             await anyio.sleep(0.01)
         code = min(codes or [], key=lambda code: code == -Signals.SIGTERM, default=None)
         if code is None:
-            return JobError("worker_died", f"the executor broke while it ran the job: {self.failure}")
+            return None
         if code >= 0:
             message = f"a process of the executor ended with exit code {code} while it ran the job"
             return JobError("worker_died", message, exit_code=code)
@@ -192,9 +204,8 @@ class Pool:
         if not self._is_ours:
             return
         self._is_ours = False
-        for process in self._processes() if self._calls or self.failure is not None else ():
-            with contextlib.suppress(Exception):  # it has ended
-                process.kill()
+        if self._calls or self.failure is not None:
+            self._kill_processes()
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_S):
             await anyio.to_thread.run_sync(self._shut_down, abandon_on_cancel=True)
 
@@ -307,7 +318,7 @@ class ExecutorSlot(Slot):
                 except Exception as exc:  # noqa: BLE001 - it is broken, or shut down, or somebody's own
                     failure = exc
                     if self._shared.replaces or isinstance(exc, BrokenExecutor):
-                        pool.failure = exc
+                        pool.fail(exc)
         reason = f"the executor takes no job ({type(failure).__name__}: {failure})"
         raise RefusedError(reason if self._shared.replaces else f"{reason}: {_ADVICE}") from failure
 
@@ -325,10 +336,13 @@ class ExecutorSlot(Slot):
         if not isinstance(failure, BrokenExecutor):
             error = JobError("worker_died", f"the executor lost the job: {type(failure).__name__}: {failure}")
             raise WorkerDiedError(error) from failure
-        pool.failure = failure
+        error = JobError("worker_died", f"the executor broke while it had the job: {failure}")
+        if call.alone:
+            error = await pool.cause_of_death() or error
+        pool.fail(failure)
         if not self._shared.replaces:
-            raise RefusedError(f"the executor broke while it had the job ({failure}): {_ADVICE}") from failure
-        raise WorkerDiedError(await pool.cause_of_death(), alone=call.alone) from failure
+            raise RefusedError(f"{error.message}: {_ADVICE}") from failure
+        raise WorkerDiedError(error, alone=call.alone) from failure
 
     def _fail_all(self, batch: Batch, error: JobError) -> None:
         """Settle all jobs of a batch that are left."""

@@ -145,7 +145,7 @@ class Pool:
         """Take note that it takes no calls any more."""
         self.failure = failure
         if isinstance(failure, BrokenExecutor):
-            # The executor does so itself, but not with one that was being started just then, and waits for that for ever.
+            # The executor does so itself, but not with one that was being started just then, and waits for that one.
             self._kill_processes()
 
     def _kill_processes(self) -> None:

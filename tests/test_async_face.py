@@ -79,11 +79,11 @@ async def test_gather_all(method: str) -> None:
 async def test_a_flood_of_tiny_jobs_comes_back_whole(method: str) -> None:
     storage = CountingStorage()
     async with make(method, double, num_workers=2, storage=storage) as evaluator:
-        await evaluator.submit_async(configurations(3000))
+        await evaluator.submit_async(configurations(1000))
         jobs = await soon(evaluator.gather_async("ALL"))
-    assert outputs(jobs) == [2.0 * x for x in range(3000)]
+    assert outputs(jobs) == [2.0 * x for x in range(1000)]
     assert set(storage.terminal.values()) == {1}
-    assert len(storage.terminal) == 3000
+    assert len(storage.terminal) == 1000
 
 
 async def test_a_batch_waits_for_its_size(method: str, stage: Stage) -> None:

@@ -184,7 +184,8 @@ def test_a_memory_limit_fails_the_job_that_exceeds_it_and_no_other(method: str, 
     assert kind(guilty) == "memory_limit_exceeded"
     assert guilty.error is not None
     assert (guilty.error.attempts, guilty.error.signal) == (1, None)
-    assert Flags(tmp_path).text("count-hoard") == "1"
+    # Once more at most, in a fresh worker: where it might have fitted, had job 1 left nothing in the first.
+    assert int(Flags(tmp_path).text("count-hoard")) <= 2
     assert errors([jobs[1], jobs[2]]) == []
     assert jobs[1].metadata.keys() == {"timestamp_submit", "timestamp_gather"}
 

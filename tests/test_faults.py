@@ -507,6 +507,9 @@ def test_a_storage_failure_wakes_everyone_who_waits(method: str, stage: Stage) -
 # -- the loop goes away ------------------------------------------------------------------------------------------------
 
 
+# A loop that is stopped just then leaves the task of a worker that has not begun.
+@pytest.mark.filterwarnings("ignore:coroutine 'Engine._work' was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*Engine._work:pytest.PytestUnraisableExceptionWarning")
 def test_the_threads_loop_is_stopped_under_the_evaluator(caplog: pytest.LogCaptureFixture) -> None:
     async def run(job: RunningJob) -> int:
         if job["x"] == "stop":
@@ -533,6 +536,9 @@ def test_the_threads_loop_is_stopped_under_the_evaluator(caplog: pytest.LogCaptu
     assert set(storage.terminal.values()) == {1}
 
 
+# A loop that is stopped just then leaves the task of a worker that has not begun.
+@pytest.mark.filterwarnings("ignore:coroutine 'Engine._work' was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*Engine._work:pytest.PytestUnraisableExceptionWarning")
 def test_an_evaluate_ends_when_the_loop_is_stopped() -> None:
     async def run(job: RunningJob) -> None:
         asyncio.get_running_loop().stop()

@@ -34,7 +34,8 @@ class WorkerProcess:
 
     Attributes:
         memory: what watches its memory, while it runs jobs that are limited in it.
-        held: the bytes that were in it before these jobs.
+        base: the bytes that it held before its first job, where memory is limited.
+        held: the bytes that it held before the jobs that it runs.
 
     Args:
         setup: the first frame, sent with the first jobs.
@@ -42,6 +43,7 @@ class WorkerProcess:
     """
 
     memory: WatchedProcess | None = None
+    base = 0
     held = 0
 
     def __init__(self, setup: bytes, capture: int | None = None) -> None:
@@ -173,13 +175,15 @@ class WorkerProcess:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def look_at_memory(self) -> int:
-        """Give the bytes that an idle worker holds; its next jobs are not to blame for them."""
+        """Give the bytes that an idle worker holds. Its next jobs are not to blame for what others have left there."""
         self.held = MemoryMeter(self.pid).sample()
         return self.held
 
     def watch_memory(self, limit: float) -> None:
         """Have it killed when it holds more."""
-        self.memory = WatchedProcess(self.pid, limit, lambda: self.signal(signal.SIGKILL), inherited=self.held)
+        self.memory = WatchedProcess(
+            self.pid, limit, lambda: self.signal(signal.SIGKILL), inherited=max(0, self.held - self.base)
+        )
 
     def output(self) -> tuple[str, str] | None:
         """Give and forget the tails of stdout and stderr so far; None when they are not captured."""

@@ -165,6 +165,7 @@ class ProcessSlot(Slot):
                         self._attach_output(process, (job,))
                         batch.finish_sent(job, _outcome(error, value), started, finished)
             case "ready":
+                process.base = frame[1]
                 batch.worker_is_ready()
             case "back":
                 batch.give_back(*frame[1:])

@@ -6,7 +6,7 @@ The frames are a length (8 bytes) and a pickled tuple, whose first item says wha
 parent   ``("setup", Setup)``              once, first
          ``("jobs", [(id, args), …])``     to run, in this order
          ``("reply", error, value)``       to a call; both sealed
-child    ``("ready",)``                     the setup is done
+child    ``("ready", bytes)``               the setup is done; the memory held then, where it is limited
          ``("done", [(id, started, finished, error, value), …])``
          ``("back", [id, …], id, started)`` never started, send them elsewhere; and the one that keeps the worker busy
          ``("call", method, args)``        of the storage; sealed arguments
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import _thread
 import faulthandler
+import math
 import os
 import pickle
 import signal
@@ -155,9 +156,16 @@ class Worker:
             while self._reader.read(1 << 16):  # what is on its way: the parent must not meet a closed socket first
                 pass
             return
-        self._send(("ready",))
+        self._send(("ready", self._own_memory()))
         while (frame := self._receive()) is not None:
             self._run_batch(frame[1])
+
+    def _own_memory(self) -> int:
+        if self._context.memory_limit == math.inf:
+            return 0
+        from paraval.memory import MemoryMeter  # here: most workers never need it
+
+        return MemoryMeter(self._pid).sample()
 
     def ask_to_stop(self, _number: int, _frame: object) -> None:
         """React to SIGTERM: tell the job, whose ``stopped()`` turns true, or whose coroutine is cancelled."""

@@ -123,14 +123,14 @@ class Odd(Exception):
     def __init__(self, x, y):
         super().__init__(f"{x} is odd, {y}")
 
-def helper(point):
+def moved(point):
     return Point(point.x * 2 + OFFSET, point.colour)
 
 def run(job):
     if job["point"].x == 3:
         raise Odd(3, "really")
     assert isinstance(job["point"], Point)
-    return helper(job["point"])
+    return moved(job["point"])
 
 evaluator = Evaluator.create(run, "process", {"num_workers": 2})
 evaluator.submit([{"point": Point(x)} for x in range(4)])
@@ -235,7 +235,7 @@ def test_static_arguments_that_cannot_be_sent_are_refused_by_name() -> None:
 
 def test_the_file_of_a_run_function_need_not_be_importable_in_the_driver_again() -> None:
     """A function from a module that was made at run time goes by value."""
-    source = "def run(job):\n    return helper(job['x'])\n\ndef helper(x):\n    return x + 1\n"
+    source = "def run(job):\n    return moved(job['x'])\n\ndef moved(x):\n    return x + 1\n"
     namespace: dict[str, Any] = {"__name__": "nowhere_to_be_found"}
     exec(source, namespace)  # noqa: S102 - a notebook does the same
     assert results(namespace["run"], configurations(2)) == [1, 2]

@@ -98,7 +98,7 @@ def _unix_listens(fields: list[str]) -> bool:
 
 
 class Driver:
-    """A Python program with workers, in a session of its own; all its descendants bear a mark.
+    """A Python program with workers, apart from the terminal; all its descendants bear a mark.
 
     Args:
         source: the program. It finds ``flags``, and the modules of the tests.

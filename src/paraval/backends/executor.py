@@ -336,12 +336,11 @@ class RemoteSlot(ExecutorSlot):
             job = next((job for job in batch.in_hand if job.id == jobs[place][0]), None)
             if job is not None and job._status is JobStatus.CANCELLING:  # else another is meant, which never begins now
                 self._board.stop(place)
-        if place is None and not pool.is_of_processes:
-            call.future.cancel()  # not one that has begun: an executor of somebody's own may not refuse that
-        # A call that has not begun runs nothing when its turn comes: there is nothing to wait for.
-        if place is not None or call.future.running():
+        if self._has_begun(pool, call):
             with anyio.move_on_after(self._spec.kill_grace):
                 await call.wait()
+        elif not pool.is_of_processes:
+            call.future.cancel()  # where that does nothing, it runs no job when its turn comes
         if call.future.done() and call.failure is None and isinstance(report := call.future.result(), Report):
             for done in report.done:
                 await self._hand_in(batch, done, 0.0)

@@ -113,6 +113,7 @@ class Pool:
         self._is_ours = is_ours
         self._calls: set[Call] = set()
         self._dead: set[int] = set()
+        self._killed: set[int] = set()
         self._is_slow = True  # the first submit may start processes
 
     async def submit(self, function: Callable[..., Any], *args: Any) -> Call:
@@ -150,8 +151,10 @@ class Pool:
 
     def _kill_processes(self) -> None:
         for process in self._processes():
-            with contextlib.suppress(Exception):  # it has ended, or not begun
-                process.kill()
+            with contextlib.suppress(Exception):  # it has not begun
+                if process.exitcode is None:
+                    self._killed.add(process.pid)
+                    process.kill()
 
     def forget(self, call: Call) -> None:
         """Take note that a call has ended."""
@@ -191,8 +194,9 @@ class Pool:
         )
 
     def _exit_codes(self) -> list[int] | None:
-        codes = [getattr(process, "exitcode", None) for process in self._processes()]
-        return [code for code in codes if code is not None] if codes else None
+        processes = self._processes()
+        codes = [getattr(process, "exitcode", None) for process in processes if process.pid not in self._killed]
+        return [code for code in codes if code is not None] if processes else None
 
     def _processes(self) -> list[Any]:
         """Give its processes, where it is one of Python's own."""

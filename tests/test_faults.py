@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -201,6 +201,47 @@ async def test_a_cancellation_the_job_made_itself_is_its_failure() -> None:
         assert jobs[2].error is not None
         assert jobs[2].error.type == "TimeoutError"
         assert {job.status for job in jobs.values()} == {JobStatus.DONE}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the generator's own complaint
+@pytest.mark.parametrize("num_workers", [1, 2])
+async def test_a_scope_that_a_job_leaves_open_strikes_no_other(num_workers: int) -> None:
+    async def numbers() -> AsyncIterator[int]:
+        with anyio.move_on_after(0.05):
+            yield 1
+            yield 2
+
+    kept: list[Any] = []
+
+    async def run(job: RunningJob) -> int:
+        if job["x"] == 0:
+            generator = numbers()
+            kept.append(generator)  # or it would be closed by whoever collects it
+            await anext(generator)
+        elif job["x"] < 6:
+            await anyio.sleep(0.03)
+        return int(job["x"])
+
+    async with make("serial", run, num_workers=num_workers) as evaluator:
+        for _ in range(2):
+            await evaluator.submit_async(configurations(20))
+            assert outputs(await soon(evaluator.gather_async("ALL"))) == list(range(20))
+
+
+def test_a_job_that_cancels_its_own_task_cancels_no_other() -> None:
+    async def run(job: RunningJob) -> int:
+        if job["x"] == 0:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        elif job["x"] == 1:
+            await asyncio.sleep(0)
+        return int(job["x"])
+
+    with make("serial", run) as evaluator:
+        for _ in range(3):
+            evaluator.submit(configurations(10))
+            assert outputs(evaluator.gather("ALL")) == list(range(10))
 
 
 def test_an_awaited_task_that_was_cancelled_is_the_failure_of_its_job() -> None:

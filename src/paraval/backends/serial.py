@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from typing import Any, ClassVar
 
 import anyio
 
-from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError, failure_of
+from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, failure_of
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
@@ -16,15 +17,22 @@ from paraval.job import Job
 from paraval.loops import Loop
 from paraval.outcome import Outcome
 
+try:
+    # Private to anyio: which scope a task is in. Its public means only tell by raising when it is too late: at the end
+    # of the task, which takes the task group along. A test fails should it ever mean something else.
+    from anyio._backends._asyncio import _task_states
+except ImportError:  # then what a job leaves open is not seen
+    _task_states: Any = {}  # type: ignore[no-redef] # the other branch of the same definition
+
 __all__ = ["SerialEvaluator"]
 
 
 class SerialSlot(Slot):
-    """Runs each batch in a task of its own.
+    """Awaits run-functions in the worker's own task: a job costs no task and no cancel scope of its own.
 
-    What a job leaves behind in its task (a cancel scope that an unfinished generator holds, a pending cancellation,
-    context variables) ends with that task. The tiny jobs of a batch share one; a cancellation that one of them seems to
-    have made may come from another, so that job is run again, alone.
+    What a job leaves behind in that task must strike no other. After each job, a cancel scope that is still open (an
+    unfinished generator may hold one, and its deadline would cancel whatever runs here later) is left for it, and a
+    cancellation that it asked for itself is taken. On trio, which does not allow that, each batch has a task.
     """
 
     def __init__(self, spec: RunSpec) -> None:
@@ -32,51 +40,45 @@ class SerialSlot(Slot):
         self.loop = Loop.running()
 
     async def run(self, batch: Batch) -> None:
-        if not self.loop.is_asyncio:
+        if self.loop.is_asyncio:
+            await self._run_here(batch)
+        else:
             with contextlib.suppress(Exception):  # jobs are caught; trio complains of a scope that a job left open
                 async with anyio.create_task_group() as group:
-                    group.start_soon(self._run_all, batch, anyio.CancelScope())
-            return
-        # The loop's own task, as anyio's costs several times as much.
-        scope = anyio.CancelScope()
-        task = asyncio.get_running_loop().create_task(self._run_all(batch, scope))
-        ended = self.loop.event()
-        task.add_done_callback(lambda _task: ended.set())
-        try:
-            await ended.wait()
-        except BaseException:
-            scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await ended.wait()
-            raise
-        if task.cancelled():
-            self._take_cancelled(task, batch)
+                    group.start_soon(self._run_all, batch)
 
-    def _take_cancelled(self, task: asyncio.Task[None], batch: Batch) -> None:
-        """The task was cancelled, and not by us: by a job in it, unless the whole loop is being shut down."""
-        try:
-            task.result()
-        except asyncio.CancelledError as exc:
-            outcome = failure_of(exc, self._spec)
-            if outcome.error is not None and len(batch) > 1:
-                raise WorkerDiedError(outcome.error, alone=False) from exc
-            if batch.current is not None:
-                batch.finish(batch.current, outcome)
+    async def _run_all(self, batch: Batch) -> None:
+        while (job := batch.take()) is not None:
+            batch.finish(job, await self._outcome_of(job))
 
-    async def _run_all(self, batch: Batch, scope: anyio.CancelScope) -> None:
-        with scope:
-            while (job := batch.take()) is not None:
-                batch.finish(job, await self._outcome_of(job))
+    async def _run_here(self, batch: Batch) -> None:
+        task = asyncio.current_task()
+        state = None if task is None else _task_states.get(task)
+        innermost = None if state is None else state.cancel_scope
+        while (job := batch.take()) is not None:
+            outcome = await self._outcome_of(job)
+            while state is not None and state.cancel_scope is not innermost and state.cancel_scope is not None:
+                state.cancel_scope.__exit__(None, None, None)
+            batch.finish(job, outcome)
+            if task is not None and task.cancelling():
+                await self._take_cancellation(task)
 
     async def _outcome_of(self, job: Job) -> Outcome:
         spec = self._spec
         try:
             function: Any = job.run_function
             return Outcome(await function(job.create_running_job(spec.stopper), **spec.kwargs))
-        except BaseException as exc:
-            if self.loop.is_asyncio and isinstance(exc, asyncio.CancelledError):
-                raise  # whose it is, is seen from outside
+        except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
             return failure_of(exc, spec)
+
+    async def _take_cancellation(self, task: asyncio.Task[Any]) -> None:
+        """Take a cancellation that a job made of the task it ran in, unless there is one from above too."""
+        if anyio.current_effective_deadline() == -math.inf or self._spec.home_is_ending():
+            return
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        while task.cancelling():
+            task.uncancel()
 
 
 class SerialBackend(Backend):

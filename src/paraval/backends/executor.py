@@ -54,7 +54,8 @@ class ExecutorEvaluator(Evaluator):
 
     A pool of processes breaks as a whole when one of them dies. With a factory it is replaced, and the jobs that were
     in it are run again, each in an executor of its own: so only the job fails that is to blame. Without a factory they
-    all fail, and so does every later job.
+    all fail, and so does every later job. Such a pool should start its processes by ``"spawn"`` or ``"forkserver"``
+    (its ``mp_context``): a fork of a program that has threads, as any with an evaluator, may hang now and then.
 
     See :class:`~paraval.Evaluator` for the other arguments; ``num_workers`` is how many calls are in the executor at a
     time, so it should not exceed the executor's own number of workers.

@@ -723,6 +723,60 @@ def test_the_thread_of_a_stopped_loop_can_close(method: str, stage: Stage) -> No
         stopped.leave()
 
 
+@pytest.mark.parametrize("again", ["submit", "close"])
+def test_the_callers_loop_was_closed_and_the_evaluator_works_on(method: str, again: str) -> None:
+    """The loop was closed inside the block; every job that went down with it is still handed over, once."""
+    program = run_program(
+        f"""
+        import asyncio, threading, time
+        from paraval import Evaluator, EvaluatorClosedError
+
+        def run(job):
+            if job["x"] == 0:
+                release.wait(20)
+            return job["x"]
+
+        async def run_async(job):
+            if job["x"] == 0:
+                await asyncio.sleep(60)
+            return job["x"]
+
+        async def main():
+            async with evaluator:
+                evaluator.submit([dict(x=x) for x in range(3)])
+                while evaluator.statistics().running == 0:
+                    await asyncio.sleep(0.001)
+                loop.stop()
+                await loop.create_future()
+
+        release = threading.Event()
+        function = run_async if {method!r} == "serial" else run
+        evaluator = Evaluator.create(function, {method!r}, dict(kill_grace=0.1, batching=False))
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(main())
+        loop.run_forever()
+        loop.close()
+        try:
+            evaluator.gather("ALL")
+        except EvaluatorClosedError:
+            print("raised")
+        jobs = evaluator.close() if {again!r} == "close" else []
+        evaluator.submit([dict(x=7)])
+        jobs += evaluator.gather("ALL")
+        release.set()
+        jobs += evaluator.close()
+        print(sorted((job.args["x"], job.status.name) for job in jobs))
+        print(evaluator.num_jobs_submitted, evaluator.num_jobs_gathered, evaluator.statistics().cancelled)
+        """
+    )
+    assert program.stdout == [
+        "raised",
+        "[(0, 'CANCELLED'), (1, 'CANCELLED'), (2, 'CANCELLED'), (7, 'DONE')]",
+        "4 4 3",
+    ], program.stderr
+    assert program.code == 0
+
+
 def test_loops_may_come_and_go(method: str) -> None:
     evaluator = make(method, double, num_workers=2)
 

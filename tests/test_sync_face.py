@@ -922,6 +922,78 @@ def test_jobs_know_their_search(method: str) -> None:
         assert job.context.search is search
 
 
+# -- as the reference system's searches use it -------------------------------------------------------------------------
+
+
+class StopAfter(Callback):
+    """Asks the search to stop after so many jobs."""
+
+    def __init__(self, jobs: int) -> None:
+        self._left = jobs
+        self.search_stopped = False
+
+    def on_done(self, job: Job) -> None:
+        self._left -= 1
+        self.search_stopped = self._left <= 0
+
+
+def search(evaluator: Any, max_evals: int, timeout: float | None) -> list[tuple[dict[str, Any], Any]]:
+    """Search as the reference system does: ask, submit, gather, tell; then gather the rest and close."""
+    evaluator._job_class = HPOJob
+    evaluator.search = search
+    evaluator._stopper = None
+    evaluator.set_maximum_num_jobs_submitted(max_evals)
+    if timeout is not None:
+        evaluator.timeout = timeout
+    told: list[tuple[dict[str, Any], Any]] = []
+    asked = [{"x": x} for x in range(evaluator.num_workers)]
+    try:
+        while True:
+            evaluator.submit(asked)
+            jobs = evaluator.gather("BATCH", 1)
+            told += [(config, objective) for config, objective in jobs]
+            if evaluator.time_left is not None and evaluator.time_left <= 0:
+                break
+            if any(getattr(callback, "search_stopped", False) for callback in evaluator._callbacks):
+                break
+            asked = [{"x": len(told) + offset} for offset in range(len(jobs))]
+    except MaximumJobsSpawnReached:
+        pass
+    while evaluator.num_jobs_submitted > evaluator.num_jobs_gathered:
+        told += [(config, objective) for config, objective in evaluator.gather("ALL")]
+    evaluator.close()
+    return told
+
+
+def test_a_search_of_the_reference_system(method: str) -> None:
+    evaluator: Any = make(method, double, num_workers=3)
+    for number in range(1, 4):  # an evaluator is used for several searches
+        told = search(evaluator, 25, None)
+        assert len(told) == 25
+        assert all(objective == config["x"] * 2 for config, objective in told)
+        assert len(evaluator.job_id_gathered) == 25 * number
+    assert evaluator._search_id == "0"
+    assert evaluator._storage.load_out_from_all_jobs("0") != []
+    evaluator.job_id_gathered.append("7.7")
+
+
+def test_a_search_of_the_reference_system_that_runs_out_of_time(method: str, stage: Stage) -> None:
+    stage.release(0, 1, 2)
+    evaluator: Any = make(method, stage.function(method), num_workers=3)
+    told = search(evaluator, -1, 0.2)
+    assert told[-1][1] == "F_timeout"
+    assert [objective for _, objective in told if objective != "F_timeout"] == [0.0, 1.0, 2.0] or len(told) >= 6
+    assert evaluator.timeout is None
+    assert evaluator.num_jobs_submitted == evaluator.num_jobs_gathered
+
+
+def test_a_search_of_the_reference_system_that_a_callback_stops(method: str) -> None:
+    evaluator: Any = make(method, double, num_workers=2, callbacks=[StopAfter(10)])
+    told = search(evaluator, -1, None)
+    assert 10 <= len(told) <= 20
+    assert evaluator.num_jobs_submitted == evaluator.num_jobs_gathered
+
+
 # -- execute -----------------------------------------------------------------------------------------------------------
 
 

@@ -180,7 +180,9 @@ def test_a_signal_ends_the_sweep_and_loses_nothing(
     assert rows.pop("1") == "1.0"
     if function != "blocking":  # what blocks the loop cannot be cancelled, and its end is never known
         assert re.search(r"cancelled +2\nnot started +16\n", stdout)
-        assert rows == {"2": "F_cancelled", "3": "F_cancelled"}
+        # Two were running: the third job, and one after it. (A job may have been taken with another, and given back.)
+        assert "2" in rows
+        assert list(rows.values()) == ["F_cancelled"] * 2
 
 
 def test_a_second_signal_ends_it_at_once(command_line: CommandLine) -> None:

@@ -263,7 +263,10 @@ class RemoteSlot(ExecutorSlot):
         self._board.clear()
 
     async def close(self) -> None:
-        self._board.close()
+        if self._left is None:
+            self._board.close()
+        else:  # the call shall find it when its turn comes, and run nothing
+            self._left[1].future.add_done_callback(lambda _future: self._board.close())
         await self._drop_own()
         await super().close()
 

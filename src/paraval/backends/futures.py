@@ -6,6 +6,7 @@ Also the executor behind the calls: when it is made, when it has to be replaced,
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import weakref
@@ -152,7 +153,7 @@ class Pool:
     def _kill_processes(self) -> None:
         for process in self._processes():
             with contextlib.suppress(Exception):  # it has not begun
-                if process.exitcode is None:
+                if not _is_dead(process):
                     self._killed.add(process.pid)
                     process.kill()
 
@@ -165,7 +166,7 @@ class Pool:
 
         The executor notices as a rule. Not so where a fork has inherited what would tell it.
         """
-        dead = {process.pid for process in self._processes() if getattr(process, "exitcode", None) is not None}
+        dead = {process.pid for process in self._processes() if _is_dead(process)}
         if self._dead & dead:  # since the last look, and the calls are there still
             for call in self._calls:
                 call.give_up(BrokenExecutor("a process of the executor has ended"))
@@ -195,7 +196,7 @@ class Pool:
 
     def _exit_codes(self) -> list[int] | None:
         processes = self._processes()
-        codes = [getattr(process, "exitcode", None) for process in processes if process.pid not in self._killed]
+        codes = [_returncode(process) for process in processes if process.pid not in self._killed]
         return [code for code in codes if code is not None] if processes else None
 
     def _processes(self) -> list[Any]:
@@ -218,6 +219,31 @@ class Pool:
             self._executor.shutdown(wait=True, cancel_futures=True)
         except TypeError:  # an executor of somebody's own, from before there was cancel_futures
             self._executor.shutdown(wait=True)
+
+
+# The executor waits for its processes itself, in a thread of its own. What looks at them beside it must not take the
+# exit code away from it, as Process.exitcode does: the processes of a fork server tell it once.
+
+
+def _returncode(process: Any) -> int | None:
+    code: int | None = getattr(getattr(process, "_popen", None), "returncode", None)
+    return code
+
+
+def _is_dead(process: Any) -> bool:
+    if _returncode(process) is not None:
+        return True
+    pid = getattr(process, "pid", None)
+    if pid is None:  # it has not begun
+        return False
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # the fork server's child, not ours
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
 
 class SharedPool:

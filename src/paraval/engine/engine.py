@@ -154,9 +154,9 @@ class Engine:
         starts = [job._started for job in current if job is not None and job._started is not None]
         return len(starts), sum(now - start for start in starts)
 
-    def give_up(self) -> None:
+    def give_up(self, *, closing: bool = True) -> None:
         """Settle what is left, from another thread, when the loop does not answer any more."""
-        self._recorder.closing = True
+        self._recorder.closing = closing  # else the jobs go to whoever gathers
         self._settle_all(self._open, JobError("cancelled", "the evaluator was closed; the job did not stop"))
 
     @property

@@ -105,11 +105,11 @@ class Lifecycle:
     def _open(self) -> Engine:
         engine = self._engine
         if engine is not None and engine.loop.is_closed and not engine.ended:
-            engine.give_up()
+            engine.give_up(closing=False)
         if engine is not None and (engine.ended or engine.loop.is_closed):  # its loop ended without a close
             self._engine = engine = self._thread = None
-            if self._home is not None and self._home.loop.is_closed:
-                self._home = None
+        if self._home is not None and self._home.loop.is_closed:
+            self._home = None
         if engine is None:
             self._ledger.reopen()
             if self._home is None:

@@ -6,11 +6,12 @@ Over it the driver can ask a running job to stop, and see how far the worker is.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import struct
 import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -36,10 +37,11 @@ class Board:
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self._is_ours = path is None
+        self._remove: Callable[[], object] = _do_nothing
         if path is None:
             descriptor, path = tempfile.mkstemp(prefix="paraval-")
             os.truncate(descriptor, _SIZE)
+            self._remove = weakref.finalize(self, Path(path).unlink, missing_ok=True)
         else:
             descriptor = os.open(path, os.O_RDWR)
         try:
@@ -82,6 +84,8 @@ class Board:
     def close(self) -> None:
         """Let go; the file goes with its maker."""
         self._memory.close()
-        if self._is_ours:
-            with contextlib.suppress(OSError):  # somebody has tidied up
-                Path(self.path).unlink()
+        self._remove()
+
+
+def _do_nothing() -> None:
+    pass

@@ -200,13 +200,9 @@ class FailingStorage(MemoryStorage):
         self._operate()
         return super().new_search()
 
-    def allocate(self, search_id: str, count: int) -> int:
+    def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         self._operate()
-        return super().allocate(search_id, count)
-
-    def insert(self, records: Sequence[JobRecord]) -> None:
-        self._operate()
-        super().insert(records)
+        super().insert(search_id, records)
 
     def update(self, changes: Sequence[JobChange]) -> None:
         self._operate()

@@ -195,7 +195,7 @@ def test_a_change_of_several_jobs_is_all_or_none(storage: MemoryStorage, search_
         storage.update([JobChange(job_id, status=2), JobChange("0.9", status=2)])
     assert storage.load_job_status(job_id) == 0
     with pytest.raises(UnknownIdError):
-        storage.insert([JobRecord("0.1"), JobRecord("9.0")])
+        storage.insert("9", [JobRecord()])
     assert storage.load_all_job_ids(search_id) == [job_id]
 
 
@@ -281,14 +281,15 @@ def test_ids_never_collide(storage: MemoryStorage, search_id: str) -> None:
     def allocate() -> list[int]:
         numbers: list[int] = []
         for count in range(1, 40):
-            first = storage.allocate(search_id, count)
-            numbers += range(first, first + count)
-            storage.create_new_job(search_id)
+            records = [JobRecord() for _ in range(count)]
+            storage.insert(search_id, records)
+            numbers += [int(record.id.partition(".")[2]) for record in records]
+            assert numbers[-count:] == list(range(numbers[-count], numbers[-1] + 1))
         return numbers
 
     numbers = [number for numbers in in_threads(*[allocate] * 8) for number in numbers]
-    created = [int(job_id.partition(".")[2]) for job_id in storage.load_all_job_ids(search_id)]
-    assert sorted(numbers + created) == list(range(8 * (sum(range(1, 40)) + 39)))
+    assert sorted(numbers) == list(range(8 * sum(range(1, 40))))
+    assert [f"{search_id}.{number}" for number in sorted(numbers)] == storage.load_all_job_ids(search_id)
 
 
 def test_searches_never_collide(storage: MemoryStorage) -> None:

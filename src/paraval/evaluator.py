@@ -37,7 +37,7 @@ from paraval.errors import (
     UsageError,
     WrongTypeError,
 )
-from paraval.functions import describe
+from paraval.functions import describe, name_of
 from paraval.job import Job, JobContext, JobStatus
 from paraval.loops import Loop
 from paraval.outcome import FAILURE, Outcome
@@ -179,6 +179,7 @@ class Evaluator(abc.ABC):
         self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, self._spec.kill_grace)
 
         self._owner = uuid.uuid4().hex
+        self._function_name = name_of(run_function)
         self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
         self.jobs: list[Job] = []
         self.job_id_gathered: list[str] = []
@@ -317,21 +318,28 @@ class Evaluator(abc.ABC):
         return jobs
 
     def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
-        make, search_id, storage, context = self._job_class, self._search_id, self._storage, self._context
-        first = storage.allocate(search_id, len(configurations))
-        jobs = []
-        records = []
-        owner = self._owner
+        make, storage, context, function = self._job_class, self._storage, self._context, self.run_function
         now = self._clock()
-        for number, configuration in enumerate(configurations, first):
-            args = dict(configuration)
-            job = make(f"{search_id}.{number}", args, self.run_function, storage)
+        all_args = [dict(configuration) for configuration in configurations]
+        all_metadata = [{"timestamp_submit": now} for _ in configurations]
+        records = [
+            JobRecord(
+                args=(args,),
+                metadata=metadata,
+                function=self._function_name,
+                owner=self._owner,
+                is_private=is_private,
+            )
+            for args, metadata in zip(all_args, all_metadata, strict=True)
+        ]
+        storage.insert(self._search_id, records)
+        jobs = []
+        for record, args, metadata in zip(records, all_args, all_metadata, strict=True):
+            job = make(record.id, args, function, storage)
             job.context = context
             job._submitted = now
-            job.metadata["timestamp_submit"] = now
+            job.metadata = metadata
             jobs.append(job)
-            records.append(JobRecord(job.id, args=(args,), metadata=job.metadata, owner=owner, is_private=is_private))
-        storage.insert(records)
         return jobs
 
     # -- gather --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import functools
 import inspect
 from typing import Any
 
-__all__ = ["describe", "is_async"]
+__all__ = ["describe", "is_async", "name_of"]
 
 
 def is_async(function: Any) -> bool:
@@ -21,8 +21,19 @@ def is_async(function: Any) -> bool:
 
 def describe(function: Any) -> str:
     """Name it for people: ``module.name``, or its repr."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = _inner(function)
     name = getattr(function, "__qualname__", None)
     module = getattr(function, "__module__", None)
     return f"{module}.{name}" if module and name else repr(function)
+
+
+def name_of(function: Any) -> str:
+    """Name it for storages: without its module, which is another one when the same script is imported."""
+    function = _inner(function)
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
+
+
+def _inner(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function

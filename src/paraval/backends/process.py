@@ -184,6 +184,8 @@ class ProcessSlot(Slot):
             args = pickle.loads(sealed)  # noqa: S301 - from our own worker
             # A memory store answers at once; another may wait for a disk or a network.
             value = function(*args) if storage.by_reference else await anyio.to_thread.run_sync(function, *args)
+            if method == "insert":
+                value = [record.id for record in args[1]]
             reply: tuple[Any, ...] = ("reply", None, dumps(value, f"the result of {method}"))
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - it is raised again in the job
             reply = ("reply", _sendable(exc), None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from paraval.errors import BadValueError, ParavalError
 from paraval.storage.records import JobChange, JobRecord
 
-__all__ = ["Storage", "UnknownIdError"]
+__all__ = ["Storage", "UnknownIdError", "UnstorableError"]
 
 
 class UnknownIdError(ParavalError, KeyError):
@@ -17,6 +17,10 @@ class UnknownIdError(ParavalError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class UnstorableError(ParavalError, TypeError):
+    """A value is of a kind that the storage cannot keep; the message gives the way to it."""
 
 
 class Storage(abc.ABC):
@@ -27,7 +31,13 @@ class Storage(abc.ABC):
     """
 
     by_reference: bool = False
-    """Whether records hold the very objects they were given, so that later changes of a job's metadata show in them."""
+    """Whether records hold the very objects they were given, so that later changes of a job's metadata show in them.
+
+    Such a store is in this process's memory, and answers at once; any other is called in a thread.
+    """
+
+    can_travel: bool = False
+    """Whether the store, pickled and sent to another process of this machine, is the same store there."""
 
     # -- what a store implements ---------------------------------------------------------------------------------------
 
@@ -40,27 +50,25 @@ class Storage(abc.ABC):
         """Give the ids of all searches, oldest first."""
 
     @abc.abstractmethod
-    def allocate(self, search_id: str, count: int) -> int:
-        """Reserve ``count`` job numbers, each given out once whoever asks; return the first of them.
+    def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
+        """Number new jobs and add them, all or none. Durable on return if the store is.
+
+        Each record's ``id`` is set: the numbers follow one another, and none is given out twice, whoever asks.
 
         Raises:
             UnknownIdError: no such search.
-        """
-
-    @abc.abstractmethod
-    def insert(self, records: Sequence[JobRecord]) -> None:
-        """Add new jobs, whose numbers were allocated; all or none. Durable on return if the store is.
-
-        Raises:
-            UnknownIdError: no such search.
+            UnstorableError: a value in a record is of a kind that this store cannot keep.
         """
 
     @abc.abstractmethod
     def update(self, changes: Sequence[JobChange]) -> None:
-        """Apply changes, all or none. Durable on return if the store is.
+        """Apply changes in their order, all or none. Durable on return if the store is.
+
+        A change whose ``by`` is not the owner of the record, as another driver has adopted the job, is left out.
 
         Raises:
             UnknownIdError: no such job.
+            UnstorableError: a value in a change is of a kind that this store cannot keep.
         """
 
     @abc.abstractmethod
@@ -94,6 +102,31 @@ class Storage(abc.ABC):
             KeyError: no such search or value.
         """
 
+    # -- drivers that come and go: each holds a lease for as long as it lives ------------------------------------------
+
+    @abc.abstractmethod
+    def renew(self, owner: str, seconds: float) -> None:
+        """Say that this owner of jobs will be alive for so many seconds (infinity: until it says otherwise; 0: not)."""
+
+    @abc.abstractmethod
+    def owners(self) -> set[str]:
+        """Give the owners whose lease has not run out."""
+
+    @abc.abstractmethod
+    def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
+        """Give jobs to a new owner, each unless it has changed since that revision; READY, without output or error.
+
+        Args:
+            revisions: of the records, by the ids of the jobs, as they were last seen.
+            owner: who runs them from now on. A job that was RUNNING has one attempt more behind it.
+
+        Returns:
+            The ids of the jobs that were adopted.
+
+        Raises:
+            UnknownIdError: no such job.
+        """
+
     # -- connection: stores that need none are always connected --------------------------------------------------------
 
     def connect(self) -> Self:
@@ -112,9 +145,9 @@ class Storage(abc.ABC):
 
     def create_new_job(self, search_id: str) -> str:
         """Make a job in the search; return its id."""
-        job_id = f"{search_id}.{self.allocate(search_id, 1)}"
-        self.insert([JobRecord(job_id)])
-        return job_id
+        record = JobRecord()
+        self.insert(search_id, [record])
+        return record.id
 
     def store_job(self, job_id: str, key: str, value: Any) -> None:
         """Store one part of a job.

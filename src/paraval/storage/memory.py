@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from paraval.storage.base import Storage, UnknownIdError
-from paraval.storage.records import JobChange, JobRecord
+from paraval.storage.records import JobChange, JobRecord, adopt
 
 __all__ = ["MemoryStorage"]
 
@@ -25,6 +26,12 @@ class _Search:
         self.records: dict[str, JobRecord] = {}
         self.values: dict[str, Any] = {}
 
+    def touch(self, record: JobRecord) -> None:
+        """Note that a record has changed."""
+        self.revision = record.revision = self.revision + 1
+        del self.records[record.id]
+        self.records[record.id] = record
+
 
 class MemoryStorage(Storage):
     """Keeps everything in the memory of this process; evaluators of the same process may share it.
@@ -37,6 +44,7 @@ class MemoryStorage(Storage):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._searches: dict[str, _Search] = {}
+        self._leases: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # The copy in another process would be a different store under the same name: it starts empty, as a lock
@@ -56,20 +64,16 @@ class MemoryStorage(Storage):
         with self._lock:
             return list(self._searches)
 
-    def allocate(self, search_id: str, count: int) -> int:
+    def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         with self._lock:
             search = self._search(search_id)
-            first = search.next_number
-            search.next_number += count
-            return first
-
-    def insert(self, records: Sequence[JobRecord]) -> None:
-        with self._lock:
-            searches = self._searches
-            found = [searches.get(record.id.rpartition(".")[0]) or self._search_of(record.id) for record in records]
-            for search, record in zip(found, records, strict=True):
-                search.revision = record.revision = search.revision + 1
-                search.records[record.id] = record
+            kept, number, revision = search.records, search.next_number, search.revision
+            for record in records:
+                revision += 1
+                record.id, record.revision = f"{search_id}.{number}", revision
+                number += 1
+                kept[record.id] = record
+            search.next_number, search.revision = number, revision
 
     def update(self, changes: Sequence[JobChange]) -> None:
         with self._lock:
@@ -82,11 +86,10 @@ class MemoryStorage(Storage):
                     search, record = self._find(change.id)  # it says what is wrong
                 found.append((search, record, change))
             for search, record, change in found:
+                if change.by is not None and change.by != record.owner:
+                    continue
                 change.apply_to(record)
-                search.revision = record.revision = search.revision + 1
-                records = search.records
-                del records[record.id]
-                records[record.id] = record
+                search.touch(record)
 
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
         with self._lock:
@@ -102,6 +105,25 @@ class MemoryStorage(Storage):
                 changed.append(_copy(record))
             changed.reverse()
             return changed, search.revision
+
+    def renew(self, owner: str, seconds: float) -> None:
+        with self._lock:
+            self._leases[owner] = time.monotonic() + seconds
+
+    def owners(self) -> set[str]:
+        with self._lock:
+            now = time.monotonic()
+            self._leases = {owner: end for owner, end in self._leases.items() if end > now}
+            return set(self._leases)
+
+    def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
+        with self._lock:
+            found = [(*self._find(job_id), revision) for job_id, revision in revisions.items()]
+            adopted = [(search, record) for search, record, revision in found if record.revision == revision]
+            for search, record in adopted:
+                adopt(record, owner)
+                search.touch(record)
+            return {record.id for _, record in adopted}
 
     def put_value(self, search_id: str, key: str, value: Any) -> None:
         with self._lock:

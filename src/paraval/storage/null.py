@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from paraval.storage.base import Storage, UnknownIdError
@@ -29,14 +29,12 @@ class NullStorage(Storage):
     def search_ids(self) -> list[str]:
         return []
 
-    def allocate(self, search_id: str, count: int) -> int:
+    def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         with self._lock:
             first = self._numbers.get(search_id, 0)
-            self._numbers[search_id] = first + count
-            return first
-
-    def insert(self, records: Sequence[JobRecord]) -> None:
-        pass
+            self._numbers[search_id] = first + len(records)
+        for number, record in enumerate(records, first):
+            record.id = f"{search_id}.{number}"
 
     def update(self, changes: Sequence[JobChange]) -> None:
         pass
@@ -46,6 +44,15 @@ class NullStorage(Storage):
 
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:  # noqa: ARG002 - the interface's
         return [], since
+
+    def renew(self, owner: str, seconds: float) -> None:
+        pass
+
+    def owners(self) -> set[str]:
+        return set()
+
+    def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:  # noqa: ARG002 - the interface's
+        return set(revisions)
 
     def put_value(self, search_id: str, key: str, value: Any) -> None:
         pass

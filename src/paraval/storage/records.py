@@ -12,14 +12,14 @@ from msgspec import UNSET, UnsetType
 
 from paraval.outcome import JobError
 
-__all__ = ["JobChange", "JobRecord"]
+__all__ = ["JobChange", "JobRecord", "adopt"]
 
 
 class JobRecord(msgspec.Struct, gc=False):
     """One job as it is stored.
 
     Attributes:
-        id: ``"search.job"``.
+        id: ``"search.job"``; the storage sets it.
         status: a :class:`~paraval.JobStatus` value.
         args: positional arguments; an evaluator stores ``(parameters,)``.
         kwargs: keyword arguments.
@@ -28,13 +28,15 @@ class JobRecord(msgspec.Struct, gc=False):
         metadata: what was noted beside the output.
         budgets: of the intermediate results, in the order they were recorded.
         objectives: of the intermediate results.
-        owner: the evaluator that submitted the job.
+        function: the name of the run-function.
+        owner: the evaluator that submitted the job, or has adopted it.
+        attempts: how often it was RUNNING when its owner went away.
         is_private: it belongs to whoever evaluates it, and is nothing for others to gather.
         extra: what ``store_job`` was given under a key of the caller's own.
         revision: of the search, when this record last changed.
     """
 
-    id: str
+    id: str = ""
     status: int = 0
     args: tuple[Any, ...] | None = None
     kwargs: dict[str, Any] | None = None
@@ -43,7 +45,9 @@ class JobRecord(msgspec.Struct, gc=False):
     metadata: dict[str, Any] | None = None
     budgets: list[float] | None = None
     objectives: list[Any] | None = None
+    function: str | None = None
     owner: str | None = None
+    attempts: int = 0
     is_private: bool = False
     extra: dict[str, Any] | None = None
     revision: int = 0
@@ -60,10 +64,21 @@ class JobRecord(msgspec.Struct, gc=False):
         }
 
 
+def adopt(record: JobRecord, owner: str) -> None:
+    """Give a job to a new owner, who runs it anew."""
+    if record.status == _RUNNING:
+        record.attempts += 1
+    record.status, record.out, record.error, record.owner = _READY, None, None, owner
+
+
+_READY, _RUNNING = 0, 1  # of JobStatus
+
+
 class JobChange(msgspec.Struct, gc=False):
     """What to change of one record that exists; a field that is UNSET stays as it is.
 
     ``metadata`` and ``extra`` are merged, ``intermediate`` (budget, objective) is appended, the others replace.
+    ``by`` is a condition: the change is left out unless the record's owner is this one; None: whoever that is.
     """
 
     id: str
@@ -75,9 +90,10 @@ class JobChange(msgspec.Struct, gc=False):
     metadata: dict[str, Any] | None = None
     intermediate: tuple[float, Any] | None = None
     extra: dict[str, Any] | None = None
+    by: str | None = None
 
     def apply_to(self, record: JobRecord) -> None:  # noqa: C901 - one question for each field, in the hot path
-        """Change the record. Its first metadata dict is adopted, not copied."""
+        """Change the record. Its first metadata dict is taken over, not copied."""
         if self.status is not UNSET:
             record.status = self.status
         if self.args is not UNSET:

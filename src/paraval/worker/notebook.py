@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from paraval.errors import StorageError
@@ -60,11 +60,17 @@ class Notebook(Storage):
     def new_search(self) -> str:
         self._refuse("make a search")
 
-    def allocate(self, search_id: str, count: int) -> int:  # noqa: ARG002 - the interface's
+    def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:  # noqa: ARG002 - the interface's
         self._refuse("make jobs")
 
-    def insert(self, records: Sequence[JobRecord]) -> None:  # noqa: ARG002 - the interface's
-        self._refuse("make jobs")
+    def renew(self, owner: str, seconds: float) -> None:  # noqa: ARG002 - the interface's
+        self._refuse("own jobs")
+
+    def owners(self) -> set[str]:
+        return set()
+
+    def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:  # noqa: ARG002 - the interface's
+        self._refuse("own jobs")
 
     def _look_up(self, job_id: str) -> JobRecord:
         if job_id != self._record.id:

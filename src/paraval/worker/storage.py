@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from paraval.storage.base import Storage
@@ -27,11 +27,9 @@ class PipeStorage(Storage):
     def search_ids(self) -> list[str]:
         return list(self._call("search_ids", ()))
 
-    def allocate(self, search_id: str, count: int) -> int:
-        return int(self._call("allocate", (search_id, count)))
-
-    def insert(self, records: Sequence[JobRecord]) -> None:
-        self._call("insert", (list(records),))
+    def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
+        for record, job_id in zip(records, self._call("insert", (search_id, list(records))), strict=True):
+            record.id = job_id
 
     def update(self, changes: Sequence[JobChange]) -> None:
         self._call("update", (list(changes),))
@@ -42,6 +40,15 @@ class PipeStorage(Storage):
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
         records, revision = self._call("scan", (search_id, since))
         return records, revision
+
+    def renew(self, owner: str, seconds: float) -> None:
+        self._call("renew", (owner, seconds))
+
+    def owners(self) -> set[str]:
+        return set(self._call("owners", ()))
+
+    def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
+        return set(self._call("adopt", (dict(revisions), owner)))
 
     def put_value(self, search_id: str, key: str, value: Any) -> None:
         self._call("put_value", (search_id, key, value))

@@ -42,6 +42,7 @@ from paraval.job import Job, JobContext, JobStatus
 from paraval.loops import Loop
 from paraval.outcome import FAILURE, Outcome
 from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage
+from paraval.storage.writer import Writer
 
 if TYPE_CHECKING:
     from paraval.callback import Callback
@@ -159,6 +160,7 @@ class Evaluator(abc.ABC):
             retry_on=checks.exception_types("retry_on", retry_on),
         )
         self._clock = self._spec.clock
+        self._owner = uuid.uuid4().hex
         self._backend = self._make_backend()
         self._ledger = Ledger(counts_pending=self._max_pending is not None)
         self._notifier = Notifier(self._callbacks)
@@ -170,6 +172,8 @@ class Evaluator(abc.ABC):
             ledger=self._ledger,
             notifier=self._notifier,
             storage=self._storage,
+            writer=None if self._storage.by_reference else Writer(self._storage),
+            owner=self._owner,
             num_workers=self.num_workers,
             job_timeout=self._job_timeout,
             batching=self._batching,
@@ -178,7 +182,6 @@ class Evaluator(abc.ABC):
         )
         self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, self._spec.kill_grace)
 
-        self._owner = uuid.uuid4().hex
         self._function_name = name_of(run_function)
         self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
         self.jobs: list[Job] = []

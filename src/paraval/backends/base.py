@@ -191,6 +191,10 @@ class Batch:
             self.current = jobs[0]
         return self._sent
 
+    def wait_for_worker(self) -> None:
+        """Say that the worker is being set up: no job's time has begun."""
+        self.waits_for_worker = True
+
     def worker_is_ready(self) -> None:
         """Say that the worker is set up: the time of its jobs begins now."""
         self.waits_for_worker = False

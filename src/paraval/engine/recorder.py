@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
 from paraval.errors import StorageError
 from paraval.job import Job, JobStatus
-from paraval.storage import JobChange, Storage
+from paraval.loops import Loop
+from paraval.outcome import error_from_exception
+from paraval.storage import JobChange, Storage, UnstorableError
+from paraval.storage.writer import Writer
 
 __all__ = ["Recorder"]
 
@@ -18,23 +22,38 @@ _logger = logging.getLogger("paraval")
 class Recorder:
     """Shows nothing as done that is not saved.
 
+    With a storage that answers at once, all of it is done where a job is settled; with any other, in the thread of the
+    writer, when the record has been written.
+
+    Args:
+        storage: where the records are.
+        writer: the way to a storage that may be slow; None: it is called directly.
+        owner: whose jobs they are; a job that was given to another is that one's to record.
+
     Attributes:
         closing: whether the evaluator is being closed: jobs that are cancelled then go to whoever closes it.
         given_back: those jobs.
     """
 
-    def __init__(self, storage: Storage, notifier: Notifier, ledger: Ledger) -> None:
+    def __init__(self, storage: Storage, writer: Writer | None, owner: str, notifier: Notifier, ledger: Ledger) -> None:
         self._storage = storage
+        self._writer = writer
+        self._owner = owner
         self._notifier = notifier
         self._ledger = ledger
         self._unsaved: list[list[Job]] = []
+        self._gives_up = False
         self.closing = False
         self.given_back: list[Job] = []
 
     def note_running(self, job: Job) -> bool:
         """Store that a job runs; False when the storage failed, so that it must not."""
+        change = JobChange(job.id, status=JobStatus.RUNNING.value, by=self._owner)
+        if self._writer is not None:
+            self._writer.put_later(change)
+            return True
         try:
-            self._storage.update([JobChange(job.id, status=JobStatus.RUNNING.value)])
+            self._storage.update([change])
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
             self._fail(exc)
             return False
@@ -42,19 +61,68 @@ class Recorder:
 
     def record(self, jobs: list[Job]) -> None:
         """Store the end of jobs, and hand them over."""
-        try:
-            self._storage.update(
-                [
-                    JobChange(
-                        job.id, status=job._status.value, out=job.stored_output, error=job.error, metadata=job.metadata
-                    )
-                    for job in jobs
-                ]
+        owner = self._owner
+        changes = [
+            JobChange(
+                job.id,
+                status=job._status.value,
+                out=job.stored_output,
+                error=job.error,
+                metadata=job.metadata,
+                by=owner,
             )
-        except Exception as exc:  # noqa: BLE001 - a store may raise anything
-            self._unsaved.append(jobs)
-            self._fail(exc)
+            for job in jobs
+        ]
+        if self._writer is not None:
+            self._writer.put(changes, functools.partial(self._written, jobs))
             return
+        try:
+            self._storage.update(changes)
+        except Exception as exc:  # noqa: BLE001 - a store may raise anything
+            self._written(jobs, exc)
+        else:
+            self._hand_over(jobs)
+
+    async def drained(self) -> None:
+        """Wait until all that was to be recorded so far is recorded, or cannot be."""
+        if self._writer is not None:
+            loop = Loop.running()
+            event = loop.event()
+            self._writer.put((), lambda _failure: loop.call_soon(event.set))
+            await event.wait()
+
+    def last_try(self) -> None:
+        """At the end of the engine: try once more to store what the storage had refused."""
+        self._gives_up = True
+        unsaved, self._unsaved = self._unsaved, []
+        for jobs in unsaved:
+            self.record(jobs)
+
+    def _written(self, jobs: list[Job], failure: Exception | None) -> None:
+        if failure is None:
+            self._hand_over(jobs)
+        elif isinstance(failure, UnstorableError):
+            self._record_failure(jobs, failure)
+        elif self._gives_up:
+            _logger.error("never saved: %s", ", ".join(job.id for job in jobs))
+            self._ledger.deliver(jobs, mail=False)
+        else:
+            self._unsaved.append(jobs)
+            self._fail(failure)
+
+    def _record_failure(self, jobs: list[Job], failure: UnstorableError) -> None:
+        """Record a job whose output cannot be stored as failed by that; of several, one or more are."""
+        if len(jobs) > 1:
+            for job in jobs:
+                self.record([job])
+            return
+        (job,) = jobs
+        if job.error is not None:  # so it is the metadata
+            job.metadata = {key: job.metadata[key] for key in ("timestamp_submit",) if key in job.metadata}
+        job.set_error(error_from_exception(failure)._replace(type="TypeError", traceback=""))
+        self.record(jobs)
+
+    def _hand_over(self, jobs: list[Job]) -> None:
         if self._notifier.callbacks:
             for job in jobs:
                 self._notifier.call("on_done", job)
@@ -64,15 +132,6 @@ class Recorder:
             self._ledger.deliver(stopped, mail=False)
             jobs = [job for job in jobs if job._status is not JobStatus.CANCELLED]
         self._ledger.deliver(jobs)
-
-    def last_try(self) -> None:
-        """At the end of the engine: try once more to store what the storage had refused."""
-        unsaved, self._unsaved = self._unsaved, []
-        for jobs in unsaved:
-            self.record(jobs)
-        for jobs in self._unsaved:
-            _logger.error("never saved: %s", ", ".join(job.id for job in jobs))
-            self._ledger.deliver(jobs, mail=False)
 
     def _fail(self, exc: Exception) -> None:
         _logger.error("the storage failed, so no result can be acknowledged", exc_info=exc)

@@ -1,0 +1,108 @@
+"""The one place where a job ends: it gets its outcome, once, and goes to the recorder.
+
+Here is also what is known of each job until then: that it is open, which worker has it, why it is being stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from paraval.backends.base import Ended
+from paraval.engine.attempts import Attempts
+from paraval.engine.recorder import Recorder
+from paraval.job import Job
+from paraval.loops import Loop
+from paraval.outcome import JobError, Outcome
+
+if TYPE_CHECKING:
+    from paraval.engine.workers import Worker
+
+__all__ = ["OUT_OF_BUDGET", "Settling"]
+
+OUT_OF_BUDGET: Final = JobError("timeout", "the evaluator's timeout ran out")
+
+
+class Settling:
+    """The table of open jobs, and their ends. On the engine's loop, but for :meth:`settle_all` of a loop that hangs.
+
+    Args:
+        recorder: what comes after.
+        attempts: whether a failed job has another attempt.
+        try_again: told of a job and the seconds after which its next attempt may begin.
+        clock: seconds since the evaluator was created.
+        loop: the engine's.
+
+    Attributes:
+        open: every job that is not settled. Whoever pops a job from here settles it: so each is settled once.
+        holders: the worker that has the job.
+        reasons: why the job is being stopped.
+        all_settled: set when no job is open and the evaluator is being closed.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        attempts: Attempts,
+        try_again: Callable[[Job, float], object],
+        clock: Callable[[], float],
+        loop: Loop,
+    ) -> None:
+        self._recorder = recorder
+        self._attempts = attempts
+        self._try_again = try_again
+        self._clock = clock
+        self.open: dict[str, Job] = {}
+        self.holders: dict[str, Worker] = {}
+        self.reasons: dict[str, JobError] = {}
+        self.all_settled = loop.event()
+
+    def settle(self, ended: Sequence[Ended]) -> None:
+        """Give each job its one terminal record: on the job, in the storage, then to whoever waits for it."""
+        jobs: list[Job] = []
+        for job, reported, finished in ended:
+            if reported.may_retry and reported.error is not None and self._has_another(job, reported.error):
+                continue
+            if self.open.pop(job.id, None) is None:
+                continue  # settled already: it was given up, and came back after all
+            self.holders.pop(job.id, None)
+            reason = self.reasons.pop(job.id, None) if self.reasons else None
+            job._finished = finished
+            outcome = reported if reason is None else _stopped(job, reported, reason)
+            job.settle(self._attempts.conclude(job, outcome))
+            jobs.append(job)
+        if jobs:
+            self._recorder.record(jobs)
+        if self._recorder.closing and not self.open:
+            self.all_settled.set()
+
+    def settle_all(self, job_ids: Iterable[str], reason: JobError) -> None:
+        """Settle jobs, those of them that are open, as stopped."""
+        now = self._clock()
+        jobs = [self.open[job_id] for job_id in list(job_ids) if job_id in self.open]
+        self.settle([(job, Outcome(error=reason, cancelled=True), now) for job in jobs])
+
+    def give_up(self, job: Job, now: float) -> None:
+        """Settle a job that was to stop and would not; nothing happens if it did after all."""
+        reason = self.reasons.get(job.id)
+        if reason is not None:
+            self.reasons[job.id] = reason = reason._replace(message=f"{reason.message}; it did not stop")
+            self.settle([(job, Outcome(error=reason, cancelled=True), now)])
+
+    def _has_another(self, job: Job, error: JobError) -> bool:
+        """Have a failed job run once more, if it has an attempt left."""
+        if self._recorder.closing or job.id in self.reasons or job.id not in self.open:
+            return False
+        pause = self._attempts.another(job, error)
+        if pause is None:
+            return False
+        self.holders.pop(job.id, None)
+        self._try_again(job, pause)
+        return True
+
+
+def _stopped(job: Job, outcome: Outcome, reason: JobError) -> Outcome:
+    """Turn what a job gave after it was asked to stop into its outcome: it was stopped, whatever it returned."""
+    if outcome.error is None and outcome.value is not None and outcome.value is not job:
+        job.metadata["returned"] = outcome.value
+    return Outcome(error=reason, cancelled=True)

@@ -1,0 +1,152 @@
+"""The way from an engine to a storage that may be slow: one thread, which writes all that waits with one call.
+
+Storages are synchronous. One that waits for a disk or a network must not be waited for on an event loop; and where a
+commit costs a hundred times what a change costs, changes that come while one is on its way should share the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+from paraval.errors import ParavalError
+from paraval.storage.base import Storage
+from paraval.storage.records import JobChange
+
+__all__ = ["Writer", "patiently"]
+
+T = TypeVar("T")
+
+_logger = logging.getLogger("paraval")
+
+_PAUSES_S: Final = (0.02, 0.1, 0.3, 0.6)
+"""Between one try and the next. Stores that know better (a lock, a lost connection) have their own patience before."""
+_LATER_S: Final = 0.05
+"""How long a change that is in no hurry waits for one that is."""
+_IDLE_S: Final = 2.0
+"""After so long without work the thread ends; the next change starts another."""
+_MOST: Final = 4096
+"""Changes in one call."""
+
+Written = Callable[[Exception | None], object]
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Call a storage; try a few times more, for about a second, what may be better the next time.
+
+    Raises:
+        Exception: what the last try raised; at once what no other try would change (an unknown id, say).
+    """
+    for pause in _PAUSES_S:
+        try:
+            return call()
+        except Exception as exc:  # a store may raise anything
+            if isinstance(exc, ParavalError) and not isinstance(exc, OSError):
+                raise
+            _logger.warning("the storage failed (%s: %s); another try follows", type(exc).__name__, exc)
+        time.sleep(pause)
+    return call()
+
+
+class Writer:
+    """Writes changes in the order in which they were put. Usable from any thread.
+
+    Args:
+        storage: where to.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._todo: list[tuple[Sequence[JobChange], Written]] = []
+        self._later: dict[str, JobChange] = {}
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def put(self, changes: Sequence[JobChange], written: Written) -> None:
+        """Have changes written soon.
+
+        Args:
+            changes: all or none of them are written.
+            written: called in the thread, with None or with why they could not be written.
+        """
+        with self._condition:
+            for change in changes if self._later else ():
+                self._later.pop(change.id, None)  # what is put now says more
+            self._todo.append((changes, written))
+            self._wake()
+
+    def put_later(self, change: JobChange) -> None:
+        """Have a change written with others, or after a moment; it is dropped when a newer one of that job comes."""
+        with self._condition:
+            self._later[change.id] = change
+            if len(self._later) == 1:
+                self._wake()
+
+    def close(self, timeout: float) -> bool:
+        """Wait until all is written and the thread has ended; False when it takes longer than ``timeout`` seconds."""
+        with self._condition:
+            thread = self._thread
+            if thread is None or thread is threading.current_thread():
+                return True
+            self._closing = True
+            self._condition.notify()
+        thread.join(timeout)
+        return not thread.is_alive()
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._closing = False
+            self._thread = threading.Thread(target=self._work, name="paraval-storage", daemon=True)
+            self._thread.start()
+        else:
+            self._condition.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                if not self._todo and not self._later and not self._closing:
+                    self._condition.wait(_IDLE_S)
+                if self._later and not self._todo and not self._closing:
+                    self._condition.wait(_LATER_S)
+                todo, later = self._take()
+                if not todo and not later:
+                    self._thread = None  # under the lock: whoever puts something now starts another thread
+                    return
+            self._write([([change], _nothing) for change in later] + todo)
+
+    def _take(self) -> tuple[list[tuple[Sequence[JobChange], Written]], list[JobChange]]:
+        count = size = 0
+        for changes, _ in self._todo:
+            size += len(changes)
+            if count and size > _MOST:
+                break
+            count += 1
+        todo, self._todo = self._todo[:count], self._todo[count:]
+        later, self._later = list(self._later.values()), {}
+        return todo, later
+
+    def _write(self, items: list[tuple[Sequence[JobChange], Written]]) -> None:
+        failure: Exception | None = None
+        together = [change for changes, _ in items for change in changes]
+        try:
+            if together:
+                patiently(lambda: self._storage.update(together))
+        except Exception as exc:  # noqa: BLE001 - a store may raise anything
+            if len(items) > 1 and isinstance(exc, ParavalError) and not isinstance(exc, OSError):
+                for item in items:  # one of them is to blame, and the others shall be written
+                    self._write([item])
+                return
+            failure = exc
+        for _, written in items:
+            try:
+                written(failure)
+            except Exception:
+                _logger.exception("what follows the writing of a record failed")
+
+
+def _nothing(_failure: Exception | None) -> None:
+    """Of what is written later, nobody waits."""

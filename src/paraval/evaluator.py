@@ -6,17 +6,13 @@ import abc
 import atexit
 import contextlib
 import functools
-import json
 import math
-import os
 import sys
 import threading
 import time
-import uuid
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -26,33 +22,32 @@ import anyio.to_thread
 from paraval import checks, registry
 from paraval.backends.base import Backend, Cancellation, RunSpec
 from paraval.checks import Args
-from paraval.engine import Engine, EngineSettings, Gate, Ledger, Lifecycle, Notifier, Statistics, waker
+from paraval.engine import Engine, EngineSettings, Gate, Intake, Ledger, Lifecycle, Notifier, Others, Statistics, waker
 from paraval.engine.batching import Batching, BatchSizer
+from paraval.engine.owners import new_owner
 from paraval.errors import (
     BadValueError,
     JobFailedError,
     JobsFailedError,
-    MaximumJobsSpawnReached,
     ParavalError,
     UsageError,
     WrongTypeError,
 )
 from paraval.functions import describe, name_of
-from paraval.job import Job, JobContext, JobStatus
+from paraval.job import Job, JobContext
 from paraval.loops import Loop
-from paraval.outcome import FAILURE, Outcome
-from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage
+from paraval.reference_names import ReferenceNames
+from paraval.storage import JobChange, MemoryStorage, Storage
 from paraval.storage.writer import Writer
 
 if TYPE_CHECKING:
     from paraval.callback import Callback
-    from paraval.csvlog import CSVLog
     from paraval.memory import MemoryLimit
 
 __all__ = ["Evaluator"]
 
 
-class Evaluator(abc.ABC):
+class Evaluator(ReferenceNames, abc.ABC):
     """Runs a run-function in parallel, and loses nothing.
 
     A *run-function* takes a :class:`~paraval.RunningJob` and, if wanted, static keyword arguments; what it returns is
@@ -67,7 +62,8 @@ class Evaluator(abc.ABC):
         num_workers: how many jobs run at a time.
         callbacks: see :mod:`paraval.callback`.
         run_function_kwargs: static keyword arguments of the run-function.
-        storage: where jobs are recorded; None makes a :class:`~paraval.storage.MemoryStorage`.
+        storage: where jobs are recorded: a storage or its URL (``"sqlite:///campaign.db"``, see
+            :func:`paraval.storage.open_storage`); None makes a :class:`~paraval.storage.MemoryStorage`.
         search_id: the search in the storage to submit to; None makes a new one.
         job_class: :class:`~paraval.Job`, or :class:`~paraval.HPOJob` for outputs that are objectives.
         job_timeout: seconds that one job may run; None: for ever.
@@ -84,6 +80,12 @@ class Evaluator(abc.ABC):
             process of its own. None: no limit.
         profile: measure when each job ran and how much memory it took, as :func:`~paraval.profile` does with
             ``memory=True``.
+        resume: go on with the search ``search_id``: the k-th submission of a configuration meets the k-th record of
+            it. One that has ended comes back from ``gather`` as it was stored (``job.restored``); one that was waiting
+            or running in a driver that is gone is run under its old id, at most ``max_attempts`` times; one that a
+            living driver has is waited for. What was stopped because its driver ended is run.
+        reuse: answer a configuration that has a result in the storage, in whatever search, with that result, and have
+            one that is the same as a job in flight wait for that (``job.reused``). Failures are not reused.
 
     Raises:
         ValueError: an argument has no sensible value.
@@ -98,13 +100,9 @@ class Evaluator(abc.ABC):
         closures: whether lambdas and local functions can be run-functions.
         several_hosts: whether jobs can run on other machines.
         watches_memory: whether it watches the memory of its worker processes, so that jobs need none of their own.
-        jobs: every job that was submitted, in order; those of ``evaluate`` excepted.
         job_id_gathered: ids of the jobs that were gathered.
     """
 
-    FAIL_RETURN_VALUE: ClassVar[str] = FAILURE
-    NEST_ASYNCIO_PATCHED: ClassVar[bool] = False
-    PYTHON_EXE: ClassVar[str] = os.environ.get("DEEPHYPER_PYTHON_BACKEND", sys.executable)
     cancellation: ClassVar[Cancellation]
     parallel: ClassVar[str] = "?"
     closures: ClassVar[bool] = True
@@ -117,7 +115,7 @@ class Evaluator(abc.ABC):
         num_workers: int = 1,
         callbacks: list[Callback] | None = None,
         run_function_kwargs: dict[str, Any] | None = None,
-        storage: Storage | None = None,
+        storage: Storage | str | None = None,
         search_id: str | None = None,
         *,
         job_class: type[Job] = Job,
@@ -130,6 +128,8 @@ class Evaluator(abc.ABC):
         batching: Batching = "auto",
         memory_limit: float | None = None,
         profile: bool = False,
+        resume: bool = False,
+        reuse: bool = False,
     ) -> None:
         if not callable(run_function):
             raise WrongTypeError(f"run_function must be callable, not {type(run_function).__name__}")
@@ -137,12 +137,11 @@ class Evaluator(abc.ABC):
         self.run_function = self._measured(run_function, memory_limit, profile=profile)
         self.num_workers = checks.positive_int("num_workers", num_workers)
         self._callbacks: list[Callback] = checks.callbacks(callbacks)
-        self._storage: Storage = MemoryStorage() if storage is None else storage
-        if not isinstance(self._storage, Storage):
-            raise WrongTypeError(f"storage must be a paraval.storage.Storage, not {type(storage).__name__}")
+        if resume and search_id is None:
+            raise BadValueError("resume=True goes on with a search: say which one, with search_id")
+        self._storage = _storage_of(storage)
         self._search_id: str = self._storage.create_new_search() if search_id is None else str(search_id)
         self._storage.scan(self._search_id, since=sys.maxsize)  # it raises where there is no such search
-        self._job_class = checks.job_class(job_class)
         self._job_timeout = None if job_timeout is None else checks.seconds("job_timeout", job_timeout, or_zero=False)
         if on_error not in ("record", "raise"):
             raise BadValueError(f"on_error must be 'record' or 'raise', not {on_error!r}")
@@ -160,7 +159,23 @@ class Evaluator(abc.ABC):
             retry_on=checks.exception_types("retry_on", retry_on),
         )
         self._clock = self._spec.clock
-        self._owner = uuid.uuid4().hex
+        self._owner = new_owner()
+        self._writer = None if self._storage.by_reference else Writer(self._storage)
+        max_attempts = checks.positive_int("max_attempts", max_attempts)
+        function_name = name_of(run_function)
+        recall = None
+        if resume or reuse:
+            from paraval.engine.recall import Recall  # here: most evaluators never need it
+
+            recall = Recall(
+                self._storage,
+                self._search_id,
+                function_name,
+                self._owner,
+                resume=resume,
+                reuse=reuse,
+                max_attempts=max_attempts,
+            )
         self._backend = self._make_backend()
         self._ledger = Ledger(counts_pending=self._max_pending is not None)
         self._notifier = Notifier(self._callbacks)
@@ -172,31 +187,41 @@ class Evaluator(abc.ABC):
             ledger=self._ledger,
             notifier=self._notifier,
             storage=self._storage,
-            writer=None if self._storage.by_reference else Writer(self._storage),
+            writer=self._writer,
             owner=self._owner,
             num_workers=self.num_workers,
             job_timeout=self._job_timeout,
             batching=self._batching,
-            max_attempts=checks.positive_int("max_attempts", max_attempts),
+            max_attempts=max_attempts,
             execute=self.execute if overridden else None,
         )
         self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, self._spec.kill_grace)
 
-        self._function_name = name_of(run_function)
         self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
-        self.jobs: list[Job] = []
+        self._others = Others(self._storage, self._search_id, self._owner)
+        self._restored: set[str] = set()
+        self._intake = Intake(
+            storage=self._storage,
+            writer=self._writer,
+            search_id=self._search_id,
+            owner=self._owner,
+            function=self.run_function,
+            function_name=function_name,
+            job_class=checks.job_class(job_class),
+            context=self._context,
+            clock=self._clock,
+            recall=recall,
+            ledger=self._ledger,
+            notifier=self._notifier,
+            life=self._life,
+        )
         self.job_id_gathered: list[str] = []
-        self._counting = threading.Lock()  # of the three numbers below
-        self._num_submitted = 0
+        self._counting = threading.Lock()  # of the number below
         self._num_gathered = 0
         self._num_offset = 0
-        self._max_submitted: int | None = None
         self._timeout: float | None = None
         self._timeout_set = 0.0
-        self._seen_revision = 0
-        self._seen_others: set[str] = set()
         self._undumped: list[Job] = []
-        self._csv: CSVLog | None = None
         _alive.add(self)
 
     def _measured(
@@ -265,7 +290,7 @@ class Evaluator(abc.ABC):
         while waiting:
             room = self._ledger.reserve(len(waiting), self._max_pending)
             if room:
-                self._launch(waiting[:room])
+                self._intake.launch(waiting[:room])
                 waiting = waiting[room:]
             else:
                 self._life.refuse_on_home("submit() with max_pending", "submit_async()")
@@ -279,71 +304,18 @@ class Evaluator(abc.ABC):
             await self._life.wait_until_closed()
             room = self._ledger.reserve(len(waiting), self._max_pending)
             if room:
-                self._launch(waiting[:room])
+                await self._launch_async(waiting[:room])
                 waiting = waiting[room:]
             else:
                 await self._ledger.wait_async(self._has_room)
 
+    async def _launch_async(self, configurations: list[Args], private: Callable[[], object] | None = None) -> list[Job]:
+        if self._intake.is_slow:  # whole, in a thread: a cancellation must not come between recording and launching
+            return await anyio.to_thread.run_sync(self._intake.launch, configurations, private)
+        return self._intake.launch(configurations, private)
+
     def _has_room(self) -> bool:
         return self._max_pending is None or self._ledger.pending < self._max_pending
-
-    def _launch(self, configurations: Sequence[Args], private: Callable[[], object] | None = None) -> list[Job]:
-        """Make jobs, record them, and give them to the engine. The ledger has room for them."""
-        wanted = len(configurations)
-        with self._counting:
-            limit = self._max_submitted
-            count = wanted if limit is None else max(0, min(wanted, limit - self.num_jobs_submitted))
-            self._num_submitted += count
-        try:
-            jobs = self._submit_new(configurations[:count], private) if count else []
-        except BaseException:
-            with self._counting:
-                self._num_submitted -= count
-            self._ledger.release(wanted)
-            raise
-        if count < wanted:
-            self._ledger.release(wanted - count)
-            raise MaximumJobsSpawnReached(f"the maximum of {limit} jobs was reached")
-        return jobs
-
-    def _submit_new(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
-        jobs = self._make_jobs(configurations, is_private=private is not None)
-        self._ledger.expect(jobs, self._clock(), private)
-        try:
-            for job in jobs if self._callbacks else ():
-                self._notifier.call("on_launch", job)
-            self._life.submit(jobs)
-        except BaseException:
-            self._ledger.forget(jobs)
-            raise
-        if private is None:
-            self.jobs += jobs
-        return jobs
-
-    def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
-        make, storage, context, function = self._job_class, self._storage, self._context, self.run_function
-        now = self._clock()
-        all_args = [dict(configuration) for configuration in configurations]
-        all_metadata = [{"timestamp_submit": now} for _ in configurations]
-        records = [
-            JobRecord(
-                args=(args,),
-                metadata=metadata,
-                function=self._function_name,
-                owner=self._owner,
-                is_private=is_private,
-            )
-            for args, metadata in zip(all_args, all_metadata, strict=True)
-        ]
-        storage.insert(self._search_id, records)
-        jobs = []
-        for record, args, metadata in zip(records, all_args, all_metadata, strict=True):
-            job = make(record.id, args, function, storage)
-            job.context = context
-            job._submitted = now
-            job.metadata = metadata
-            jobs.append(job)
-        return jobs
 
     # -- gather --------------------------------------------------------------------------------------------------------
 
@@ -440,7 +412,10 @@ class Evaluator(abc.ABC):
         fresh = [job for job in jobs if job._gathered is None]
         for job in fresh:
             job._gathered = now
-            job.metadata["timestamp_gather"] = now
+            if job.restored:
+                self._restored.add(job.id)
+            else:
+                job.metadata["timestamp_gather"] = now
         with self._counting:
             self._num_gathered += len(fresh)
         self.job_id_gathered += [job.id for job in fresh]
@@ -448,8 +423,11 @@ class Evaluator(abc.ABC):
         return fresh
 
     def _tell_gathered(self, fresh: list[Job]) -> None:
-        if not self._storage.by_reference:
-            self._storage.update([JobChange(job.id, metadata={"timestamp_gather": job._gathered}) for job in fresh])
+        if self._writer is not None:
+            for job in fresh:
+                if not job.restored:
+                    note = {"timestamp_gather": job._gathered}
+                    self._writer.put_later(JobChange(job.id, metadata=note, by=self._owner))
         if self._callbacks:
             self._notifier.call("on_gather", fresh, [])
 
@@ -467,7 +445,9 @@ class Evaluator(abc.ABC):
         self._life.refuse_after_fork()
         self._life.refuse_on_home("evaluate()", "evaluate_async()")
         gate = Gate()
-        (job,) = self._launch_private(args, gate.open)
+        taken = checks.configuration(args)
+        self._ledger.reserve(1, None)  # its caller waits anyway: back-pressure would gain nothing
+        (job,) = self._intake.launch([taken], gate.open)
         try:
             gate.wait(self._life.check)
         except BaseException:
@@ -483,7 +463,10 @@ class Evaluator(abc.ABC):
         self._life.refuse_after_fork()
         await self._life.wait_until_closed()
         ended = Loop.running().event()
-        (job,) = self._launch_private(args, waker(ended))
+        taken = checks.configuration(args)
+        self._ledger.reserve(1, None)  # its caller waits anyway: back-pressure would gain nothing
+        with anyio.CancelScope(shield=True):
+            (job,) = await self._launch_async([taken], waker(ended))
         try:
             await ended.wait()
         except BaseException:
@@ -496,11 +479,6 @@ class Evaluator(abc.ABC):
         self._refuse_lost(job)
         await self._note_gathered_async([job])
         return self._raise_failures([job])[0]
-
-    def _launch_private(self, args: Args, wake: Callable[[], object]) -> list[Job]:
-        taken = checks.configuration(args)
-        self._ledger.reserve(1, None)  # its caller waits anyway: back-pressure would gain nothing
-        return self._launch([taken], wake)
 
     def _cancel(self, job: Job, message: str) -> None:
         engine = self._life.engine
@@ -516,22 +494,7 @@ class Evaluator(abc.ABC):
     def gather_other_jobs_done(self) -> list[Job]:
         """Give the jobs that other evaluators on the same storage and search have finished; each of them once."""
         self._life.refuse_after_fork()
-        records, self._seen_revision = self._storage.scan(self._search_id, self._seen_revision)
-        jobs = []
-        for record in records:
-            status = JobStatus(record.status)
-            if record.owner == self._owner or record.is_private or not status.is_terminal:
-                continue
-            if record.id in self._seen_others:
-                continue
-            self._seen_others.add(record.id)  # its record may change again: a note in the metadata, say
-            args = record.args[0] if record.args else {}
-            job = self._job_class(record.id, dict(args), None, self._storage)
-            job.context = self._context
-            job.metadata.update(record.metadata or {})
-            # As an outcome, since an output that is none for this class of jobs must not hide the other jobs.
-            job.settle(Outcome(record.out, record.error, cancelled=status is JobStatus.CANCELLED))
-            jobs.append(job)
+        jobs = self._others.gather(self.job_class, self._context, self._restored)
         if jobs:
             self.job_id_gathered += [job.id for job in jobs]
             for job in jobs if self._callbacks else ():
@@ -562,7 +525,7 @@ class Evaluator(abc.ABC):
         self._life.refuse_after_fork()
         with anyio.CancelScope(shield=True):
             cancelled = await self._life.aclose()
-            if self._callbacks:
+            if self._callbacks or self._intake.is_slow:
                 await anyio.to_thread.run_sync(self._closed, cancelled)
             else:
                 self._closed(cancelled)
@@ -575,6 +538,7 @@ class Evaluator(abc.ABC):
             self._note_gathered(finished + cancelled)
         if self._callbacks:
             self._notifier.call("on_close")
+        self._intake.close()
         return cancelled
 
     def __enter__(self) -> Self:
@@ -644,13 +608,13 @@ class Evaluator(abc.ABC):
         The counters :attr:`num_jobs_submitted` and :attr:`num_jobs_gathered` start anew with it.
         """
         limit = checks.int_or_none("maximum_num_jobs_submitted", maximum_num_jobs_submitted)
-        self._max_submitted = limit if limit is not None and limit > 0 else None
         self._num_offset = self._num_gathered
+        self._intake.limit(limit if limit is not None and limit > 0 else None, since=self._num_offset)
 
     @property
     def num_jobs_submitted(self) -> int:
         """How many jobs were submitted (since the last ``set_maximum_num_jobs_submitted``)."""
-        return self._num_submitted - self._num_offset
+        return self._intake.num_submitted - self._num_offset
 
     @property
     def num_jobs_gathered(self) -> int:
@@ -680,15 +644,20 @@ class Evaluator(abc.ABC):
         return self._spec.kwargs
 
     @property
+    def jobs(self) -> list[Job]:
+        """Every job that was submitted, in order; those of ``evaluate`` excepted."""
+        return self._intake.jobs
+
+    @property
     def job_class(self) -> type[Job]:
         """What jobs are made of; it may be set until the first submit."""
-        return self._job_class
+        return self._intake.job_class
 
     @job_class.setter
     def job_class(self, job_class: type[Job]) -> None:
-        if self._num_submitted:
+        if self._intake.num_submitted:
             raise UsageError("job_class can be set until the first submit, and jobs were submitted already")
-        self._job_class = checks.job_class(job_class)
+        self._intake.job_class = checks.job_class(job_class)
 
     @property
     def search(self) -> Any:
@@ -708,11 +677,6 @@ class Evaluator(abc.ABC):
     def _stopper(self, stopper: Any) -> None:
         self._spec.stopper = stopper
 
-    @property
-    def is_master(self) -> bool:
-        """Whether this process is the one that submits and gathers."""
-        return True
-
     def statistics(self) -> Statistics:
         """Take a picture of what goes on."""
         ledger, engine = self._ledger, self._life.engine
@@ -722,7 +686,7 @@ class Evaluator(abc.ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.run_function!r}, num_workers={self.num_workers})"
 
-    # -- for subclasses, and names of the reference system -------------------------------------------------------------
+    # -- for subclasses ------------------------------------------------------------------------------------------------
 
     async def execute(self, job: Job) -> Job:
         """Run one job; a subclass may override it, to do something before or after, or in its place.
@@ -736,53 +700,6 @@ class Evaluator(abc.ABC):
         if engine is None:
             raise UsageError("execute() is called by the evaluator, for a job that a worker has taken")
         return await engine.execute_on_slot(job)
-
-    def to_json(self) -> dict[str, Any]:
-        """Describe the evaluator as a dict."""
-        return {"type": type(self).__name__, "num_workers": self.num_workers}
-
-    def convert_for_csv(self, val: Any) -> Any:
-        """Bring a value to what a CSV file can hold: a list becomes its text."""
-        return str(val) if isinstance(val, list) else val
-
-    def decode(self, key: str) -> dict[str, Any]:
-        """Read a dict from JSON; ValueError if it is something else."""
-        try:
-            value = json.loads(key)
-        except (TypeError, ValueError) as exc:
-            raise BadValueError(f"expected a JSON object: {exc}") from exc
-        if not isinstance(value, dict):
-            raise BadValueError(f"expected a JSON object, got {type(value).__name__}")
-        return value
-
-    def dump_evals(
-        self,
-        saved_keys: list[str] | Callable[[Job], dict[str, Any]] | None = None,
-        log_dir: str = ".",
-        filename: str = "results.csv",
-    ) -> None:
-        """Write the jobs gathered since the last call to a CSV file; the first call starts the file.
-
-        The arguments of the first call hold for the later ones.
-
-        Args:
-            saved_keys: None: all arguments; a list: these, through :meth:`convert_for_csv`; a function of a job: its
-                dict.
-            log_dir: directory of the file.
-            filename: name of the file.
-
-        Raises:
-            KeyError: a job has no such argument.
-        """
-        from paraval.csvlog import CSVLog  # here: most evaluators never need it
-
-        csv = self._csv
-        if csv is None:
-            csv = CSVLog(Path(log_dir, filename), saved_keys=saved_keys, convert=self.convert_for_csv)
-        csv.add(self._undumped)  # raises before anything is forgotten; after that the log keeps the rows
-        self._undumped = []
-        self._csv = csv
-        csv.write()
 
 
 class _Completed(AsyncIterator[Job]):
@@ -799,6 +716,16 @@ class _Completed(AsyncIterator[Job]):
 
     async def aclose(self) -> None:
         """Do nothing: there is nothing to close, but ``contextlib.aclosing`` may be used on it."""
+
+
+def _storage_of(storage: Storage | str | None) -> Storage:
+    if storage is None:
+        return MemoryStorage()
+    if isinstance(storage, Storage):
+        return storage
+    from paraval.storage.urls import open_storage  # here: most evaluators never need it
+
+    return open_storage(storage)
 
 
 _alive: weakref.WeakSet[Evaluator] = weakref.WeakSet()

@@ -102,6 +102,8 @@ class Job:
         context: shared by the jobs of one evaluator.
         stdout: the tail of what the job printed, where ``capture_output`` was asked for and can be had.
         stderr: likewise.
+        restored: whether it was taken from the storage as it had ended there, and not run (``resume``).
+        reused: the id of the job whose result it was given, in place of being run (``reuse``); or None.
     """
 
     # Slots keep a finished job small; __dict__ (made only when used) lets users add attributes of their own.
@@ -125,6 +127,8 @@ class Job:
 
     stdout: str | None = None
     stderr: str | None = None
+    restored: bool = False
+    reused: str | None = None
 
     def __init__(
         self,

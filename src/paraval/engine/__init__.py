@@ -2,18 +2,22 @@
 
 from paraval.engine.batching import Batching
 from paraval.engine.engine import Engine, EngineSettings
+from paraval.engine.intake import Intake
 from paraval.engine.ledger import Gate, Ledger, Statistics, waker
 from paraval.engine.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
+from paraval.engine.others import Others
 
 __all__ = [
     "Batching",
     "Engine",
     "EngineSettings",
     "Gate",
+    "Intake",
     "Ledger",
     "Lifecycle",
     "Notifier",
+    "Others",
     "Statistics",
     "waker",
 ]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
 
 import anyio
 
 from paraval.backends.base import Backend, RunSpec
 from paraval.engine.batching import Batching
 from paraval.engine.deadlines import Deadlines
+from paraval.engine.following import Following
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
 from paraval.engine.recorder import Recorder
@@ -24,11 +27,13 @@ from paraval.engine.workers import MARGIN_S, Workers
 from paraval.errors import EvaluatorClosedError
 from paraval.job import Job
 from paraval.loops import Doorbell, Loop
-from paraval.outcome import JobError
+from paraval.outcome import JobError, Outcome
 from paraval.storage import Storage
 from paraval.storage.writer import Writer
 
 __all__ = ["Engine", "EngineSettings"]
+
+_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,9 @@ class Engine:
         self._recorder = Recorder(settings.storage, settings.writer, settings.owner, settings.notifier, settings.ledger)
         self._workers = Workers(settings, self._recorder, self._deadlines, loop)
         self._settling = self._workers.settling
+        self._following = Following(
+            self._settling, self._workers.put, settings.storage, settings.owner, self._clock, loop
+        )
         self._stopping = False
         self.ended = False
 
@@ -81,16 +89,23 @@ class Engine:
         """The loop it lives on."""
         return self._doorbell.loop
 
-    def submit(self, jobs: Sequence[Job]) -> None:
+    def submit(
+        self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome] = _NONE, sources: Mapping[str, str] = _NONE
+    ) -> None:
         """Queue jobs that the ledger expects.
+
+        Args:
+            jobs: in their order.
+            outcomes: of the jobs that have ended already, by their ids.
+            sources: the jobs that some of them follow, in place of being run.
 
         Raises:
             EvaluatorClosedError: the loop is gone.
         """
         if self.loop.is_here and self.loop.is_running:
-            self._admit(jobs)
+            self._admit(jobs, outcomes, sources)
         else:
-            self._doorbell.ring(self._admit, jobs)
+            self._doorbell.ring(self._admit, jobs, outcomes, sources)
 
     def cancel(self, job: Job, message: str) -> None:
         """Stop one job, wherever it is."""
@@ -142,6 +157,7 @@ class Engine:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._deadlines.watch, name="paraval deadlines")
                 group.start_soon(self._settings.backend.supervise, name="paraval supervisor")
+                group.start_soon(self._following.watch, name="paraval following")
                 self._watch_budget()
                 started()
                 while not self._stopping:
@@ -175,9 +191,16 @@ class Engine:
 
     # -- admitting -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, jobs: Sequence[Job]) -> None:
+    def _admit(self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome], sources: Mapping[str, str]) -> None:
         for job in jobs:
             self._settling.open[job.id] = job
+        if outcomes or sources:
+            now = self._clock()
+            self._settling.settle([(job, outcomes[job.id], now) for job in jobs if job.id in outcomes])
+            for job in jobs:
+                if job.id in sources:
+                    self._following.add(job, sources[job.id])
+            jobs = [job for job in jobs if job.id not in outcomes and job.id not in sources]
         if self._clock() >= self._spec.budget_end:
             self._settling.settle_all([job.id for job in jobs], OUT_OF_BUDGET)
             return

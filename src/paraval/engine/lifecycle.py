@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
@@ -20,6 +20,7 @@ from paraval.engine.thread_home import run_in_thread
 from paraval.errors import EvaluatorClosedError, ForkedError, UsageError
 from paraval.job import Job
 from paraval.loops import Loop
+from paraval.outcome import Outcome
 
 __all__ = ["Lifecycle"]
 
@@ -80,21 +81,23 @@ class Lifecycle:
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Give jobs to the engine; open one if there is none.
+    def submit(self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome], sources: Mapping[str, str]) -> None:
+        """Give jobs to the engine (see :meth:`Engine.submit`); open one if there is none.
 
         Raises:
             EvaluatorClosedError: the loop is gone.
         """
-        while not self._submit_unless_closing(jobs):
+        while not self._submit_unless_closing(jobs, outcomes, sources):
             self.refuse_on_home("a submit() while the evaluator is being closed", "submit_async()")
             self._ledger.wait(lambda: not self._closing, self.check, despite_failure=True)
 
-    def _submit_unless_closing(self, jobs: Sequence[Job]) -> bool:
+    def _submit_unless_closing(
+        self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome], sources: Mapping[str, str]
+    ) -> bool:
         with self._lock:
             if self._closing:
                 return False
-            self._open().submit(jobs)
+            self._open().submit(jobs, outcomes, sources)
             return True
 
     async def wait_until_closed(self) -> None:

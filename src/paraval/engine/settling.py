@@ -38,6 +38,7 @@ class Settling:
         holders: the worker that has the job.
         reasons: why the job is being stopped.
         all_settled: set when no job is open and the evaluator is being closed.
+        on_settled: told of each job that ends, and how, while somebody follows one.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class Settling:
         self.holders: dict[str, Worker] = {}
         self.reasons: dict[str, JobError] = {}
         self.all_settled = loop.event()
+        self.on_settled: Callable[[Job, Outcome], object] | None = None
 
     def settle(self, ended: Sequence[Ended]) -> None:
         """Give each job its one terminal record: on the job, in the storage, then to whoever waits for it."""
         jobs: list[Job] = []
+        told: list[tuple[Job, Outcome]] = []
         for job, reported, finished in ended:
             if reported.may_retry and reported.error is not None and self._has_another(job, reported.error):
                 continue
@@ -71,8 +74,13 @@ class Settling:
             outcome = reported if reason is None else _stopped(job, reported, reason)
             job.settle(self._attempts.conclude(job, outcome))
             jobs.append(job)
+            if self.on_settled is not None:
+                told.append((job, outcome))
         if jobs:
             self._recorder.record(jobs)
+        for job, outcome in told:
+            if self.on_settled is not None:
+                self.on_settled(job, outcome)
         if self._recorder.closing and not self.open:
             self.all_settled.set()
 

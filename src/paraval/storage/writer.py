@@ -56,15 +56,21 @@ class Writer:
 
     Args:
         storage: where to.
+        lease_s: for how many seconds the owner of jobs is taken to be alive when it says so.
+        beat_s: how often it says so.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, *, lease_s: float = 20.0, beat_s: float = 5.0) -> None:
         self._storage = storage
         self._todo: list[tuple[Sequence[JobChange], Written]] = []
         self._later: dict[str, JobChange] = {}
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._lease_s = lease_s
+        self._beat_s = beat_s
+        self._owner: str | None = None
+        self._renewed = 0.0
 
     def put(self, changes: Sequence[JobChange], written: Written) -> None:
         """Have changes written soon.
@@ -86,8 +92,17 @@ class Writer:
             if len(self._later) == 1:
                 self._wake()
 
+    def hold(self, owner: str) -> None:
+        """Say, from now on until :meth:`close`, that the owner of jobs is alive."""
+        if self._owner is None:
+            patiently(lambda: self._storage.renew(owner, self._lease_s))
+            with self._condition:
+                self._owner = owner
+                self._renewed = time.monotonic()
+                self._wake()
+
     def close(self, timeout: float) -> bool:
-        """Wait until all is written and the thread has ended; False when it takes longer than ``timeout`` seconds."""
+        """Write all, and say that the owner has gone; False when that takes longer than ``timeout`` seconds."""
         with self._condition:
             thread = self._thread
             if thread is None or thread is threading.current_thread():
@@ -109,14 +124,27 @@ class Writer:
         while True:
             with self._condition:
                 if not self._todo and not self._later and not self._closing:
-                    self._condition.wait(_IDLE_S)
+                    self._condition.wait(_IDLE_S if self._owner is None else self._beat_s)
                 if self._later and not self._todo and not self._closing:
                     self._condition.wait(_LATER_S)
                 todo, later = self._take()
-                if not todo and not later:
+                owner = self._owner
+                if not todo and not later and (owner is None or self._closing):
+                    self._owner = None
                     self._thread = None  # under the lock: whoever puts something now starts another thread
-                    return
+                    break
             self._write([([change], _nothing) for change in later] + todo)
+            if owner is not None and time.monotonic() - self._renewed >= self._beat_s:
+                self._renew(owner, self._lease_s)
+        if owner is not None:
+            self._renew(owner, 0)
+
+    def _renew(self, owner: str, seconds: float) -> None:
+        try:
+            self._storage.renew(owner, seconds)
+            self._renewed = time.monotonic()
+        except Exception as exc:  # noqa: BLE001 - a store may raise anything; the next beat comes
+            _logger.warning("the storage did not take that the driver is alive: %s: %s", type(exc).__name__, exc)
 
     def _take(self) -> tuple[list[tuple[Sequence[JobChange], Written]], list[JobChange]]:
         count = size = 0

@@ -1,0 +1,138 @@
+"""Jobs that are not run here, as another is the same: they get what that one gets, or are run after all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from paraval.engine.owners import living_owners
+from paraval.engine.settling import Settling
+from paraval.job import Job, JobStatus
+from paraval.loops import Loop
+from paraval.outcome import Outcome
+from paraval.storage import JobRecord, Storage
+
+__all__ = ["Following"]
+
+T = TypeVar("T")
+
+_LOOK_S: Final = 0.2
+"""How often to look what has become of the jobs of other drivers."""
+
+
+class Following:
+    """On the engine's loop.
+
+    Args:
+        settling: where the jobs are settled.
+        run: queues jobs that must be run after all.
+        storage: where the jobs of other drivers are.
+        owner: who takes over what a driver that has gone leaves.
+        clock: seconds since the evaluator was created.
+        loop: the engine's.
+    """
+
+    def __init__(
+        self,
+        settling: Settling,
+        run: Callable[[list[Job]], object],
+        storage: Storage,
+        owner: str,
+        clock: Callable[[], float],
+        loop: Loop,
+    ) -> None:
+        self._settling = settling
+        self._run = run
+        self._storage = storage
+        self._owner = owner
+        self._clock = clock
+        self._loop = loop
+        self._followers: dict[str, list[Job]] = {}
+        self._wanted = loop.event()
+
+    def add(self, job: Job, source: str) -> None:
+        """Have an open job follow another: one that is open here, or one in the storage."""
+        self._followers.setdefault(source, []).append(job)
+        self._settling.on_settled = self._settled
+        self._wanted.set()
+
+    def _settled(self, job: Job, outcome: Outcome) -> None:
+        self._resolve(job.id, outcome)
+
+    async def watch(self) -> None:
+        """Look, for as long as the engine runs, what becomes of the jobs of other drivers."""
+        while True:
+            self._wanted = self._loop.event()
+            if not self._followers:
+                await self._wanted.wait()
+            await anyio.sleep(_LOOK_S)
+            foreign = [source for source in self._followers if self._is_foreign(source)]
+            if foreign:
+                await self._look(foreign)
+
+    def _is_foreign(self, source: str) -> bool:
+        return source not in self._settling.open or any(job.id == source for job in self._followers[source])
+
+    async def _look(self, sources: list[str]) -> None:
+        records = await self._call(lambda: self._storage.get(sources))
+        left = []
+        for record in records:
+            if JobStatus(record.status).is_terminal:
+                self._resolve(record.id, _outcome(record), record)
+            else:
+                left.append(record)
+        if left:
+            living = await self._call(lambda: living_owners(self._storage))
+            await self._take_over([record for record in left if record.owner not in living])
+
+    async def _take_over(self, records: Iterable[JobRecord]) -> None:
+        orphans = {record.id: record.revision for record in records}
+        mine = {source: rev for source, rev in orphans.items() if self._follows_itself(source)}
+        adopted = await self._call(lambda: self._storage.adopt(mine, self._owner)) if mine else set()
+        for source in orphans:
+            if source in adopted or source not in mine:
+                self._release(source)
+
+    def _follows_itself(self, source: str) -> bool:
+        return any(job.id == source for job in self._followers.get(source, ()))
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        if self._storage.by_reference:
+            return function()
+        return await anyio.to_thread.run_sync(function, abandon_on_cancel=True)
+
+    def _resolve(self, source: str, outcome: Outcome, record: JobRecord | None = None) -> None:
+        """Give followers what their source got. One that only joined it does not share its failure: it is run."""
+        jobs = [job for job in self._followers.pop(source, ()) if job.id in self._settling.open]
+        now = self._clock()
+        ended = []
+        for job in jobs:
+            if job.id != source and (outcome.error is not None or outcome.cancelled):
+                self._run([job])
+                continue
+            take_over(job, source, record)
+            ended.append((job, outcome, now))
+        self._settling.settle(ended)
+
+    def _release(self, source: str) -> None:
+        jobs = [job for job in self._followers.pop(source, ()) if job.id in self._settling.open]
+        if jobs:
+            self._run(jobs)
+
+
+def take_over(job: Job, source: str, record: JobRecord | None) -> None:
+    """Mark a job that is not run as what it is, with what was noted beside the result that it is given."""
+    if job.id == source:
+        job.restored = True
+    else:
+        job.reused = job.metadata["reused"] = source
+    for key, value in ((record and record.metadata) or {}).items():
+        if job.restored or not key.startswith("timestamp_"):
+            job.metadata[key] = value
+
+
+def _outcome(record: JobRecord) -> Outcome:
+    return Outcome(record.out, record.error, cancelled=record.status == JobStatus.CANCELLED.value)

@@ -1,0 +1,224 @@
+"""From dicts of arguments to jobs at work: counted, numbered, recorded, and given to the engine."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from paraval.checks import Args
+from paraval.engine.following import take_over
+from paraval.engine.ledger import Ledger
+from paraval.engine.lifecycle import Lifecycle
+from paraval.engine.notify import Notifier
+from paraval.errors import MaximumJobsSpawnReached, ParavalError, StorageError
+from paraval.job import Job, JobContext
+from paraval.outcome import Outcome
+from paraval.storage import JobRecord, Storage
+from paraval.storage.writer import Writer, patiently
+
+if TYPE_CHECKING:
+    from paraval.engine.recall import Known, Recall
+
+__all__ = ["Intake"]
+
+_CLOSE_S: Final = 2.0
+"""How long a close waits for the storage."""
+
+
+@dataclass(slots=True)
+class _New:
+    """Jobs that are being submitted, and what is known of some of them already."""
+
+    jobs: list[Job] = field(default_factory=list)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+class Intake:
+    """Makes jobs. Usable from any thread.
+
+    Args:
+        storage: where they are recorded.
+        writer: the way to a storage that may be slow, or None.
+        search_id: the search that they belong to.
+        owner: whose they are.
+        function: what they run.
+        function_name: its name in the storage.
+        job_class: what they are made of.
+        context: what surrounds them.
+        clock: seconds since the evaluator was created.
+        recall: what the storage knows of configurations already, or None: each is a job to run.
+        ledger: it expects them.
+        notifier: callbacks hear of them.
+        life: the way to the engine.
+
+    Attributes:
+        jobs: every job that was submitted, in order; private ones excepted.
+        num_submitted: how many jobs were submitted.
+        most: how many may be, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        writer: Writer | None,
+        search_id: str,
+        owner: str,
+        function: Callable[..., Any],
+        function_name: str,
+        job_class: type[Job],
+        context: JobContext,
+        clock: Callable[[], float],
+        recall: Recall | None,
+        ledger: Ledger,
+        notifier: Notifier,
+        life: Lifecycle,
+    ) -> None:
+        self._storage = storage
+        self._writer = writer
+        self._search_id = search_id
+        self._owner = owner
+        self._function = function
+        self._function_name = function_name
+        self.job_class = job_class
+        self._context = context
+        self._clock = clock
+        self._recall = recall
+        self._ledger = ledger
+        self._notifier = notifier
+        self._life = life
+        self._counting = threading.Lock()
+        self.jobs: list[Job] = []
+        self.num_submitted = 0
+        self.most: int | None = None
+        self._holds = False
+
+    def limit(self, most: int | None, since: int) -> None:
+        """Allow so many jobs (None: any number), beyond the ``since`` first."""
+        self.most = None if most is None else most + since
+
+    def close(self) -> None:
+        """Have all written, and say that the owner of the jobs is gone; another launch says that it is back."""
+        if self._writer is not None:
+            self._writer.close(_CLOSE_S)
+        elif self._holds:
+            self._holds = False
+            self._storage.renew(self._owner, 0)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a launch may wait for a disk or a network."""
+        return self._writer is not None
+
+    def launch(self, configurations: Sequence[Args], private: Callable[[], object] | None = None) -> list[Job]:
+        """Make jobs, record them, and give them to the engine. The ledger has room for them.
+
+        Args:
+            configurations: one for each job.
+            private: told when one ends, and nobody else is; None: they are for whoever gathers.
+
+        Raises:
+            MaximumJobsSpawnReached: the limit was met; the jobs that fitted under it were launched.
+            StorageError: they could not be recorded, and none was launched.
+        """
+        wanted = len(configurations)
+        with self._counting:
+            limit = self.most
+            count = wanted if limit is None else max(0, min(wanted, limit - self.num_submitted))
+            self.num_submitted += count
+        try:
+            jobs = self._launch_all(configurations[:count], private) if count else []
+        except BaseException:
+            with self._counting:
+                self.num_submitted -= count
+            self._ledger.release(wanted)
+            raise
+        if count < wanted:
+            self._ledger.release(wanted - count)
+            raise MaximumJobsSpawnReached(f"the maximum of {limit} jobs was reached")
+        return jobs
+
+    def _launch_all(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
+        try:
+            new = self._make(configurations, is_private=private is not None)
+        except ParavalError:
+            raise
+        except Exception as exc:  # a store may raise anything
+            what = f"{type(exc).__name__}: {exc}"
+            raise StorageError(f"the storage failed, so the jobs were not submitted: {what}") from exc
+        jobs = new.jobs
+        self._ledger.expect(jobs, self._clock(), private)
+        try:
+            for job in jobs if self._notifier.callbacks else ():
+                self._notifier.call("on_launch", job)
+            self._life.submit(jobs, new.outcomes, new.sources)
+        except BaseException:
+            self._ledger.forget(jobs)
+            raise
+        if private is None:
+            self.jobs += jobs
+        return jobs
+
+    def _make(self, configurations: Sequence[Args], *, is_private: bool) -> _New:
+        if self._writer is not None:
+            self._writer.hold(self._owner)
+        elif not self._holds:
+            self._storage.renew(self._owner, math.inf)
+            self._holds = True
+        recall = self._recall
+        if recall is not None:
+            known = patiently(lambda: recall.look_up(configurations, is_private=is_private))
+            return self._make_known(configurations, known, is_private=is_private)
+        return _New(self._make_jobs(configurations, is_private=is_private))
+
+    def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
+        make, storage, context, function = self.job_class, self._storage, self._context, self._function
+        name, owner, now = self._function_name, self._owner, self._clock()
+        all_args = [dict(configuration) for configuration in configurations]
+        all_metadata = [{"timestamp_submit": now} for _ in configurations]
+        records = [
+            JobRecord(args=(args,), metadata=metadata, function=name, owner=owner, is_private=is_private)
+            for args, metadata in zip(all_args, all_metadata, strict=True)
+        ]
+        if self._writer is None:
+            storage.insert(self._search_id, records)
+        else:
+            patiently(lambda: storage.insert(self._search_id, records))
+        jobs = []
+        for record, args, metadata in zip(records, all_args, all_metadata, strict=True):
+            job = make(record.id, args, function, storage)
+            job.context = context
+            job._submitted = now
+            job.metadata = metadata
+            jobs.append(job)
+        return jobs
+
+    def _make_known(self, configurations: Sequence[Args], known: Sequence[Known], *, is_private: bool) -> _New:
+        """Make jobs: some under the ids of records that exist, some that will not be run."""
+        missing = [index for index, one in enumerate(known) if one.record is None]
+        made = self._make_jobs([configurations[index] for index in missing], is_private=is_private) if missing else []
+        by_index = dict(zip(missing, made, strict=True))
+        new = _New()
+        for index, (configuration, one) in enumerate(zip(configurations, known, strict=True)):
+            job = by_index.get(index) or self._make_again(configuration, one.record)
+            new.jobs.append(job)
+            if one.outcome is not None:
+                new.outcomes[job.id] = one.outcome
+                if one.source is not None:
+                    take_over(job, one.source, one.noted)
+            elif one.twin is not None:
+                new.sources[job.id] = new.jobs[one.twin].id
+            elif one.source is not None:
+                new.sources[job.id] = one.source
+        return new
+
+    def _make_again(self, configuration: Args, record: JobRecord | None) -> Job:
+        job = self.job_class("" if record is None else record.id, dict(configuration), self._function, self._storage)
+        job.context = self._context
+        job._submitted = now = self._clock()
+        job.metadata["timestamp_submit"] = now
+        return job

@@ -1,0 +1,57 @@
+"""The jobs that other evaluators on the same search have finished."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from paraval.job import Job, JobContext, JobStatus
+from paraval.outcome import Outcome
+from paraval.storage import JobRecord, Storage
+
+__all__ = ["Others"]
+
+
+class Others:
+    """Gives each of them once, at a cost in proportion to what is new. Usable from any thread.
+
+    Args:
+        storage: where they are recorded.
+        search_id: the search.
+        owner: whose jobs are not others'.
+    """
+
+    def __init__(self, storage: Storage, search_id: str, owner: str) -> None:
+        self._storage = storage
+        self._search_id = search_id
+        self._owner = owner
+        self._lock = threading.Lock()
+        self._revision = 0
+        self._seen: set[str] = set()
+
+    def gather(self, job_class: type[Job], context: JobContext, known: set[str]) -> list[Job]:
+        """Make jobs of what others have finished since the last call.
+
+        Args:
+            job_class: what to make.
+            context: what surrounds them.
+            known: ids of jobs that were had in another way: they are left out.
+        """
+        with self._lock:
+            records, self._revision = self._storage.scan(self._search_id, self._revision)
+            news = [record for record in records if self._is_news(record) and record.id not in known]
+            self._seen.update(record.id for record in news)  # a record may change again: a note in the metadata, say
+        return [self._job(record, job_class, context) for record in news]
+
+    def _is_news(self, record: JobRecord) -> bool:
+        is_mine = record.owner == self._owner or record.is_private
+        return not is_mine and JobStatus(record.status).is_terminal and record.id not in self._seen
+
+    def _job(self, record: JobRecord, job_class: type[Job], context: JobContext) -> Job:
+        args: dict[str, Any] = dict(record.args[0]) if record.args else {}
+        job = job_class(record.id, args, None, self._storage)
+        job.context = context
+        job.metadata.update(record.metadata or {})
+        # As an outcome, since an output that is none for this class of jobs must not hide the other jobs.
+        job.settle(Outcome(record.out, record.error, cancelled=record.status == JobStatus.CANCELLED.value))
+        return job

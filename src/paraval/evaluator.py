@@ -198,6 +198,8 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, self._spec.kill_grace)
 
         self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
+        if self._writer is not None and self._backend.is_on_home_loop:
+            self._context.record = self._writer.put_intermediate
         self._others = Others(self._storage, self._search_id, self._owner)
         self._restored: set[str] = set()
         self._intake = Intake(

@@ -66,11 +66,13 @@ class JobContext:
         search: the search that uses the evaluator, if any.
         origin: where the evaluator's clock is zero, on ``time.monotonic()``.
         kill_grace: seconds between asking a job to stop and the strongest means.
+        record: stores an intermediate result in a way that does not block (job id, budget, objective); None: the storage
+            may be called from where the jobs run.
         memory_limit: in a worker process that runs one job at a time: the bytes at which its parent kills it, infinity
             for never. None where a job has no process of its own.
     """
 
-    __slots__ = ("kill_grace", "memory_limit", "origin", "search")
+    __slots__ = ("kill_grace", "memory_limit", "origin", "record", "search")
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class JobContext:
         self.origin = origin
         self.kill_grace = kill_grace
         self.memory_limit = memory_limit
+        self.record: Callable[[str, float, float], object] | None = None
 
 
 class Job:
@@ -362,7 +365,8 @@ class RunningJob(MutableMapping[str, Any]):
             objective: what was reached with it.
         """
         self._record = (budget, objective)
-        self.storage.store_job_intermediate(str(self.id), budget, objective)
+        record = self.context.record or self.storage.store_job_intermediate
+        record(str(self.id), budget, objective)
         if self.stopper is not None:
             self.stopper.observe(budget, objective)
 

@@ -330,10 +330,12 @@ class Backend(abc.ABC):
     """Makes slots.
 
     Attributes:
+        is_on_home_loop: whether run-functions run on the engine's loop, which what they call must not block.
         batch_limit: most jobs that a worker may take at once; None: as many as seem good.
     """
 
     cancellation: ClassVar[Cancellation]
+    is_on_home_loop: ClassVar[bool] = False
     batch_limit: int | None = None
 
     @abc.abstractmethod

@@ -85,6 +85,7 @@ class SerialBackend(Backend):
     """One slot for all workers: it holds nothing of any of them."""
 
     cancellation: ClassVar[Cancellation] = "cancel"
+    is_on_home_loop: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._slot: SerialSlot | None = None

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
+from msgspec import UNSET
+
 from paraval.errors import ParavalError
 from paraval.storage.base import Storage
 from paraval.storage.records import JobChange
@@ -81,7 +83,8 @@ class Writer:
         """
         with self._condition:
             for change in changes if self._later else ():
-                self._later.pop(change.id, None)  # what is put now says more
+                if change.status is not UNSET:
+                    self._later.pop(change.id, None)  # what is put now says more
             self._todo.append((changes, written))
             self._wake()
 
@@ -91,6 +94,10 @@ class Writer:
             self._later[change.id] = change
             if len(self._later) == 1:
                 self._wake()
+
+    def put_intermediate(self, job_id: str, budget: float, objective: float) -> None:
+        """Have an intermediate result of a job written soon."""
+        self.put([JobChange(job_id, intermediate=(budget, objective))], _nothing)
 
     def hold(self, owner: str) -> None:
         """Say, from now on until :meth:`close`, that the owner of jobs is alive."""

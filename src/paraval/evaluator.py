@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 import anyio
 import anyio.to_thread
@@ -22,11 +22,13 @@ import anyio.to_thread
 from paraval import checks, registry
 from paraval.backends.base import Backend, Cancellation, RunSpec
 from paraval.checks import Args
-from paraval.engine import Engine, EngineSettings, Gate, Intake, Ledger, Lifecycle, Notifier, Others, Statistics, waker
+from paraval.engine import Engine, EngineSettings, Gate, Intake, Ledger, Lifecycle, Notifier, Others, Statistics
 from paraval.engine.batching import Batching, BatchSizer
+from paraval.engine.ledger import until_set, waker
 from paraval.engine.owners import new_owner
 from paraval.errors import (
     BadValueError,
+    EvaluatorClosedError,
     JobFailedError,
     JobsFailedError,
     ParavalError,
@@ -45,6 +47,11 @@ if TYPE_CHECKING:
     from paraval.memory import MemoryLimit
 
 __all__ = ["Evaluator"]
+
+_CLOSE_S: Final = 0.8
+"""How long, beyond the grace, a close waits for the engine."""
+_CLOSE_SLOWLY_S: Final = 4.0
+"""Likewise, where a storage may be slow."""
 
 
 class Evaluator(ReferenceNames, abc.ABC):
@@ -195,7 +202,8 @@ class Evaluator(ReferenceNames, abc.ABC):
             max_attempts=max_attempts,
             execute=self.execute if overridden else None,
         )
-        self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, self._spec.kill_grace)
+        patience = self._spec.kill_grace + (_CLOSE_S if self._writer is None else _CLOSE_SLOWLY_S)
+        self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, patience)
 
         self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
         if self._writer is not None and self._backend.is_on_home_loop:
@@ -223,6 +231,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._num_offset = 0
         self._timeout: float | None = None
         self._timeout_set = 0.0
+        self._is_closing = False
         self._undumped: list[Job] = []
         _alive.add(self)
 
@@ -309,7 +318,7 @@ class Evaluator(ReferenceNames, abc.ABC):
                 await self._launch_async(waiting[:room])
                 waiting = waiting[room:]
             else:
-                await self._ledger.wait_async(self._has_room)
+                await self._ledger.wait_async(self._has_room, self._life.check_from_here)
 
     async def _launch_async(self, configurations: list[Args], private: Callable[[], object] | None = None) -> list[Job]:
         if self._intake.is_slow:  # whole, in a thread: a cancellation must not come between recording and launching
@@ -371,7 +380,7 @@ class Evaluator(ReferenceNames, abc.ABC):
     async def _take_async(self, ready: Callable[[], bool], limit: int | None = None) -> list[Job]:
         jobs: list[Job] = []
         while True:
-            await self._ledger.wait_async(ready)
+            await self._ledger.wait_async(ready, self._life.check_from_here)
             if self._ledger.take_into(jobs, ready, limit):  # else another task or thread was quicker
                 # Nothing awaits between the taking and the return unless it is shielded.
                 await self._note_gathered_async(jobs)
@@ -470,7 +479,9 @@ class Evaluator(ReferenceNames, abc.ABC):
         with anyio.CancelScope(shield=True):
             (job,) = await self._launch_async([taken], waker(ended))
         try:
-            await ended.wait()
+            await until_set(ended, self._life.check_from_here)
+        except EvaluatorClosedError:
+            raise  # nobody is left to cancel it
         except BaseException:
             if not job.status.is_terminal:
                 self._cancel(job, "its caller was cancelled")
@@ -534,6 +545,15 @@ class Evaluator(ReferenceNames, abc.ABC):
         return cancelled
 
     def _closed(self, cancelled: list[Job]) -> list[Job]:
+        if self._is_closing:  # a callback that is told of it closes it
+            return cancelled
+        self._is_closing = True
+        try:
+            return self._close_the_rest(cancelled)
+        finally:
+            self._is_closing = False
+
+    def _close_the_rest(self, cancelled: list[Job]) -> list[Job]:
         self.timeout = None
         finished = [job for job in self._ledger.peek() if job._gathered is None]
         if cancelled or finished:
@@ -669,6 +689,15 @@ class Evaluator(ReferenceNames, abc.ABC):
     @search.setter
     def search(self, search: Any) -> None:
         self._context.search = search
+
+    @property
+    def _job_class(self) -> type[Job]:
+        """The reference system's searches set it, one after the other on the same evaluator."""
+        return self._intake.job_class
+
+    @_job_class.setter
+    def _job_class(self, job_class: type[Job]) -> None:
+        self._intake.job_class = job_class
 
     @property
     def _stopper(self) -> Any:

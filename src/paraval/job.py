@@ -66,8 +66,8 @@ class JobContext:
         search: the search that uses the evaluator, if any.
         origin: where the evaluator's clock is zero, on ``time.monotonic()``.
         kill_grace: seconds between asking a job to stop and the strongest means.
-        record: stores an intermediate result in a way that does not block (job id, budget, objective); None: the storage
-            may be called from where the jobs run.
+        record: stores an intermediate result (job id, budget, objective) without blocking; None: the storage may be
+            called from where the jobs run.
         memory_limit: in a worker process that runs one job at a time: the bytes at which its parent kills it, infinity
             for never. None where a job has no process of its own.
     """
@@ -283,7 +283,7 @@ class RunningJob(MutableMapping[str, Any]):
     Args:
         id: ``"search.job"``.
         parameters: the arguments of this call.
-        storage: where the job is recorded; None makes a :class:`~paraval.storage.MemoryStorage`.
+        storage: where the job is recorded; None: without an id, in a memory storage of its own, else nowhere.
         stopper: decides early whether the job should stop, or None.
         live: the job whose status this one shows; for the backends.
     """
@@ -304,10 +304,11 @@ class RunningJob(MutableMapping[str, Any]):
         self._live = live
         self._record: tuple[float, float] | None = None
         if storage is None:
-            from paraval.storage.memory import MemoryStorage  # here: a child process must not import it at start
+            from paraval.storage import MemoryStorage, NullStorage  # here: a child process must not import it at start
 
-            storage = MemoryStorage()
-            id = storage.create_new_job(storage.create_new_search())  # noqa: A001 - as above
+            storage = MemoryStorage() if id is None else NullStorage()
+            if id is None:
+                id = storage.create_new_job(storage.create_new_search())  # noqa: A001 - as above
         self._storage: Any = storage
         self.id = id
 

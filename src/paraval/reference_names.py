@@ -30,7 +30,6 @@ class ReferenceNames:
     PYTHON_EXE: ClassVar[str] = os.environ.get("DEEPHYPER_PYTHON_BACKEND", sys.executable)
 
     num_workers: int
-    job_class: type[Job]
     _undumped: list[Job]
     _csv: CSVLog | None = None
 
@@ -38,15 +37,6 @@ class ReferenceNames:
     def is_master(self) -> bool:
         """Whether this process is the one that submits and gathers."""
         return True
-
-    @property
-    def _job_class(self) -> type[Job]:
-        """What its searches set."""
-        return self.job_class
-
-    @_job_class.setter
-    def _job_class(self, job_class: type[Job]) -> None:
-        self.job_class = job_class
 
     def to_json(self) -> dict[str, Any]:
         """Describe the evaluator as a dict."""

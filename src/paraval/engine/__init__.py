@@ -3,7 +3,7 @@
 from paraval.engine.batching import Batching
 from paraval.engine.engine import Engine, EngineSettings
 from paraval.engine.intake import Intake
-from paraval.engine.ledger import Gate, Ledger, Statistics, waker
+from paraval.engine.ledger import Gate, Ledger, Statistics
 from paraval.engine.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
 from paraval.engine.others import Others
@@ -19,5 +19,4 @@ __all__ = [
     "Notifier",
     "Others",
     "Statistics",
-    "waker",
 ]

@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import anyio
+
 from paraval.errors import ParavalError
 from paraval.job import Job, JobStatus
 from paraval.loops import Event, Loop
 
-__all__ = ["Gate", "Ledger", "Statistics", "waker"]
+__all__ = ["Gate", "Ledger", "Statistics", "until_set", "waker"]
 
 _LIVENESS_S: Final = 0.5
 """How often a blocked thread looks whether anyone can still wake it."""
@@ -334,8 +336,14 @@ class Ledger:
             raise waiter.error
         return True
 
-    async def wait_async(self, ready: Callable[[], bool], *, despite_failure: bool = False) -> None:
-        """Wait, on any loop, until ``ready()``; as :meth:`wait`."""
+    async def wait_async(
+        self,
+        ready: Callable[[], bool],
+        check: Callable[[], object] | None = None,
+        *,
+        despite_failure: bool = False,
+    ) -> None:
+        """Wait, on any loop, until ``ready()``; as :meth:`wait`. ``check`` is for loops that are not the engine's."""
         with self._lock:
             if not despite_failure:
                 self._refuse_if_failed()
@@ -344,7 +352,7 @@ class Ledger:
             waiter = _Waiter(ready, waker(event := Loop.running().event()), despite_failure)
             self._waiters.append(waiter)
         try:
-            await event.wait()
+            await until_set(event, check)
         finally:
             self._forget(waiter)
         if waiter.error is not None:
@@ -358,6 +366,18 @@ class Ledger:
     def _refuse_if_failed(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+
+async def until_set(event: Event, check: Callable[[], object] | None) -> None:
+    """Wait for an event; ``check()``, if given, is called every half second, and raises when nobody can set it."""
+    if check is None:
+        await event.wait()
+        return
+    while True:
+        with anyio.move_on_after(_LIVENESS_S):
+            await event.wait()
+            return
+        check()
 
 
 def waker(event: Event) -> Callable[[], object]:

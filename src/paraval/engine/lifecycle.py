@@ -24,8 +24,8 @@ from paraval.outcome import Outcome
 
 __all__ = ["Lifecycle"]
 
-_PATIENCE_S: Final = 0.8
-"""How long, beyond the grace, a close waits for a loop that does not answer."""
+_JOIN_S: Final = 0.8
+"""How long a close waits for the thread of a loop that has ended."""
 
 
 class Lifecycle:
@@ -34,13 +34,13 @@ class Lifecycle:
     Args:
         make_engine: makes an engine for a loop.
         ledger: outlives the engines.
-        kill_grace: seconds; bounds how long a close may take.
+        patience: seconds that a close may take, at most.
     """
 
-    def __init__(self, make_engine: Callable[[Loop], Engine], ledger: Ledger, kill_grace: float) -> None:
+    def __init__(self, make_engine: Callable[[Loop], Engine], ledger: Ledger, patience: float) -> None:
         self._make_engine = make_engine
         self._ledger = ledger
-        self._kill_grace = kill_grace
+        self._patience = patience
         self._lock = threading.Lock()  # never held while waiting for a loop that may itself want it
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
@@ -57,6 +57,12 @@ class Lifecycle:
     def is_open_in_thread(self) -> bool:
         """Whether a thread of our own is at work in this process."""
         return self._thread is not None and self._pid == os.getpid()
+
+    @property
+    def check_from_here(self) -> Callable[[], object] | None:
+        """What a task that waits should call now and then; None on the engine's own loop, which is there."""
+        engine = self._engine
+        return None if engine is None or engine.loop.is_here else self.check
 
     def check(self) -> None:
         """Raise when what we wait for cannot come any more."""
@@ -137,16 +143,16 @@ class Lifecycle:
         self.refuse_on_home("close()", "aclose()")
         engine = self._begin_close()
         if engine is None:
-            self._ledger.wait(lambda: not self._closing, despite_failure=True, timeout=self._bound)
+            self._ledger.wait(lambda: not self._closing, despite_failure=True, timeout=self._patience)
             return []
         try:
-            self._ledger.wait(lambda: engine.ended, engine.check, self._bound, despite_failure=True)
+            self._ledger.wait(lambda: engine.ended, engine.check, self._patience, despite_failure=True)
         except EvaluatorClosedError:
             pass  # the loop is gone; what it left is settled below
         finally:
             thread = self._end_close(engine)
         if thread is not None:
-            thread.join(_PATIENCE_S)
+            thread.join(_JOIN_S)
         return engine.given_back
 
     async def aclose(self) -> list[Job]:
@@ -155,19 +161,15 @@ class Lifecycle:
             engine = self._begin_close()
             thread = None
             try:
-                with anyio.move_on_after(self._bound):
+                with anyio.move_on_after(self._patience):
                     done = (lambda: not self._closing) if engine is None else (lambda: engine.ended)
                     await self._ledger.wait_async(done, despite_failure=True)
             finally:  # asyncio's own task.cancel() goes through any shield
                 if engine is not None:
                     thread = self._end_close(engine)
             if thread is not None:
-                await anyio.to_thread.run_sync(thread.join, _PATIENCE_S)
+                await anyio.to_thread.run_sync(thread.join, _JOIN_S)
         return [] if engine is None else engine.given_back
-
-    @property
-    def _bound(self) -> float:
-        return self._kill_grace + _PATIENCE_S
 
     def _begin_close(self) -> Engine | None:
         """Ask the engine to stop; None when there is none, or when another thread closes it already."""

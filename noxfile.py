@@ -82,6 +82,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def kills(session: nox.Session) -> None:
+    """Kill a driver 3,000 times, and see that it always goes on where it was."""
+    session.install(".[all]", *groups("test"))
+    env = {**INSTALLED_ONLY, "PARAVAL_KILLS": "3000"}
+    session.run("python", "-m", "pytest", "tests/test_kill_loop.py", *session.posargs, env=env)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check the style and the format of all Python files."""
     session.install(*groups("lint"))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio
 import pytest
 
-from paraval import JobStatus, RunningJob
+from paraval import Job, JobStatus, RunningJob
 from paraval.errors import StorageError
 from paraval.storage import JobChange, JobRecord, MemoryStorage, UnstorableError
 from paraval.storage.writer import Writer, patiently
@@ -259,3 +260,56 @@ def test_a_lease_is_renewed() -> None:
     assert storage.owners() == {"me"}
     assert writer.close(10)
     assert storage.owners() == set()
+
+
+class FailingFrom(Slow):
+    """Its writes from number ``first`` on, ``count`` of them, fail."""
+
+    def __init__(self, first: int, count: int) -> None:
+        super().__init__()
+        self._numbers = itertools.count()
+        self._fails = range(first, first + count)
+        self.failed = 0
+
+    def _operate(self) -> None:
+        if next(self._numbers) in self._fails:
+            self.failed += 1
+            raise OSError(28, "No space left on device")
+
+    def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
+        self._operate()
+        super().insert(search_id, records)
+
+    def update(self, changes: Sequence[JobChange]) -> None:
+        self._operate()
+        super().update(changes)
+
+
+@pytest.mark.parametrize("count", [1, 10**9], ids=["once", "for ever"])
+@pytest.mark.parametrize("first", range(12))
+@pytest.mark.parametrize("method", ["serial", "thread"])
+def test_any_write_may_fail(monkeypatch: pytest.MonkeyPatch, method: str, first: int, count: int) -> None:
+    monkeypatch.setattr("paraval.storage.writer._PAUSES_S", (0.001, 0.001))
+    storage = FailingFrom(first, count)
+    shown: list[Job] = []
+    failures = 0
+    function = async_double if method == "serial" else double
+    evaluator = make(method, function, num_workers=2, storage=storage, kill_grace=0.05)
+    calls: list[Callable[[], Any]] = [
+        lambda: evaluator.submit(configurations(2)),
+        lambda: shown.extend(evaluator.gather("ALL")),
+        lambda: shown.append(evaluator.evaluate({"x": 1})),
+    ] * 3
+    for call in [*calls, evaluator.close, calls[1]]:
+        try:
+            call()
+        except StorageError:
+            failures += 1
+    evaluator.close()
+    assert storage.failed
+    assert bool(failures) == (count > 1)
+    assert len({job.id for job in shown}) == len(shown)
+    for job in shown:
+        assert storage.load_job_status(job.id) == job.status.value
+    if count == 1:
+        assert len(shown) == 9

@@ -218,7 +218,14 @@ class Job:
         Args:
             stopper: copied (deeply) for this job, its ``job`` attribute set; or None.
         """
-        running = RunningJob(self.id, dict(self.args), self.storage, live=self)
+        # As RunningJob(self.id, dict(self.args), self.storage, live=self) does; it is the largest part of a tiny job.
+        running = RunningJob.__new__(RunningJob)
+        running.id = self.id
+        running.parameters = dict(self.args)
+        running.stopper = None
+        running._live = self
+        running._record = None
+        running._storage = self.storage
         if stopper is not None:
             running.stopper = stopper = copy.deepcopy(stopper)
             stopper.job = running

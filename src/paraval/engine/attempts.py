@@ -28,6 +28,10 @@ class Attempts:
         # Jobs whose worker died while it had several: each is run alone now.
         self._suspects: set[str] = set()
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to conclude: nearly never."""
+        return bool(self._suspects or self._history)
+
     def suspect(self, jobs: Iterable[Job]) -> None:
         """Have jobs run alone from now on."""
         self._suspects.update(job.id for job in jobs)
@@ -48,8 +52,6 @@ class Attempts:
 
     def conclude(self, job: Job, outcome: Outcome) -> Outcome:
         """Forget a job that is settled; give its outcome with the attempts that went before."""
-        if not self._history and not self._suspects:  # nearly always
-            return outcome
         self._suspects.discard(job.id)
         past = self._history.pop(job.id, None)
         if past is None or outcome.error is None:

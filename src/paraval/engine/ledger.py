@@ -21,6 +21,7 @@ from paraval.loops import Event, Loop
 
 __all__ = ["Gate", "Ledger", "Statistics", "until_set", "waker"]
 
+_CANCELLED: Final = JobStatus.CANCELLED
 _LIVENESS_S: Final = 0.5
 """How often a blocked thread looks whether anyone can still wake it."""
 
@@ -153,15 +154,15 @@ class Ledger:
         """Hand over jobs that have ended and are recorded; without ``mail`` their gatherer is whoever closes."""
         wakes: list[Callable[[], object]] = []
         with self._lock:
-            for job in jobs:
-                self._count(job)
-                if self._private and job.id in self._private:
-                    wakes.append(self._private.pop(job.id))
-                else:
-                    self.in_flight -= 1
-                    if mail:
-                        self._delivered += 1
-                        self._mailbox.append(job)
+            self._count(jobs)
+            private = self._private
+            public = [job for job in jobs if job.id not in private] if private else jobs
+            if len(public) < len(jobs):
+                wakes = [private.pop(job.id) for job in jobs if job.id in private]
+            self.in_flight -= len(public)
+            if mail:
+                self._delivered += len(public)
+                self._mailbox.extend(public)
             self._wake_the_ready()
         for wake in wakes:
             wake()
@@ -206,19 +207,23 @@ class Ledger:
                 if self._private.pop(job.id, None) is None:
                     self.in_flight -= 1
 
-    def _count(self, job: Job) -> None:
-        self.settled += 1
-        if job._started is None:
-            self.pending -= 1  # it was never given to a worker
-        elif job._finished is not None:
-            self.busy_s += job._finished - job._started
-        self.last_end = job._finished
-        if job._status is JobStatus.CANCELLED:
-            self.cancelled += 1
-        elif job.failed:
-            self.failed += 1
-        else:
-            self.done += 1
+    def _count(self, jobs: Sequence[Job]) -> None:
+        self.settled += len(jobs)
+        failed = cancelled = 0
+        for job in jobs:
+            started, finished = job._started, job._finished
+            if started is None:
+                self.pending -= 1  # it was never given to a worker
+            elif finished is not None:
+                self.busy_s += finished - started
+            self.last_end = finished
+            if job._status is _CANCELLED:
+                cancelled += 1
+            elif job.failed:
+                failed += 1
+        self.failed += failed
+        self.cancelled += cancelled
+        self.done += len(jobs) - failed - cancelled
 
     def _wake_the_ready(self) -> None:
         if self._waiters:

@@ -52,6 +52,11 @@ class JobQueue:
                 raise
         return self._jobs.popleft()
 
+    def pull_many(self, most: int) -> list[Job]:
+        """Give the next jobs, at most so many; [] when none waits."""
+        jobs = self._jobs
+        return [jobs.popleft() for _ in range(min(most, len(jobs)))]
+
     def pull_nowait(self) -> Job | None:
         """Give the next job, or None when none waits."""
         return self._jobs.popleft() if self._jobs else None

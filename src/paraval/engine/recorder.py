@@ -65,7 +65,7 @@ class Recorder:
         changes = [
             JobChange(
                 job.id,
-                status=job._status.value,
+                status=job._status._value_,  # without the detour over Enum.value
                 out=job.stored_output,
                 error=job.error,
                 metadata=job.metadata,

@@ -63,16 +63,17 @@ class Settling:
         """Give each job its one terminal record: on the job, in the storage, then to whoever waits for it."""
         jobs: list[Job] = []
         told: list[tuple[Job, Outcome]] = []
+        open_, holders, reasons, attempts = self.open, self.holders, self.reasons, self._attempts
         for job, reported, finished in ended:
-            if reported.may_retry and reported.error is not None and self._has_another(job, reported.error):
+            job_id, error = job.id, reported.error
+            if error is not None and reported.may_retry and self._has_another(job, error):
                 continue
-            if self.open.pop(job.id, None) is None:
+            if open_.pop(job_id, None) is None:
                 continue  # settled already: it was given up, and came back after all
-            self.holders.pop(job.id, None)
-            reason = self.reasons.pop(job.id, None) if self.reasons else None
+            holders.pop(job_id, None)
             job._finished = finished
-            outcome = reported if reason is None else _stopped(job, reported, reason)
-            job.settle(self._attempts.conclude(job, outcome))
+            outcome = self._final(job, reported) if reasons or attempts else reported
+            job.settle(outcome)
             jobs.append(job)
             if self.on_settled is not None:
                 told.append((job, outcome))
@@ -83,6 +84,10 @@ class Settling:
                 self.on_settled(job, outcome)
         if self._recorder.closing and not self.open:
             self.all_settled.set()
+
+    def _final(self, job: Job, outcome: Outcome) -> Outcome:
+        reason = self.reasons.pop(job.id, None)
+        return self._attempts.conclude(job, outcome if reason is None else _stopped(job, outcome, reason))
 
     def settle_all(self, job_ids: Iterable[str], reason: JobError) -> None:
         """Settle jobs, those of them that are open, as stopped."""

@@ -209,20 +209,19 @@ class Workers:
 
     def _fill(self, first: Job) -> list[Job]:
         size = self._sizer.next_size(len(self.queue) + 1) if self._settings.execute is None else 1
-        jobs = [first]
-        if self._attempts.is_suspect(first):
-            size = 1
-        while len(jobs) < size and (job := self.queue.pull_nowait()) is not None:
-            if self._attempts.is_suspect(job):
-                self.queue.put_back([job])
-                break
-            jobs.append(job)
+        jobs = [first] if size == 1 or self._attempts.is_suspect(first) else [first, *self.queue.pull_many(size - 1)]
+        if self._attempts:
+            alone = next((place for place, job in enumerate(jobs) if place and self._attempts.is_suspect(job)), None)
+            if alone is not None:
+                self.queue.put_back(jobs[alone:])
+                del jobs[alone:]
         return [job for job in jobs if job._status is JobStatus.READY]  # the others were cancelled while they waited
 
     def _note_start(self, worker: Worker, jobs: list[Job]) -> bool:
         self._ledger.started(len(jobs))
+        holders = self.settling.holders
         for job in jobs:
-            self.settling.holders[job.id] = worker
+            holders[job.id] = worker
         # The tiny jobs of a batch are spared the write, unless one turns out not to be tiny.
         if len(jobs) > 1 or self._recorder.note_running(jobs[0]):
             return True

@@ -86,10 +86,14 @@ class MemoryStorage(Storage):
                     search, record = self._find(change.id)  # it says what is wrong
                 found.append((search, record, change))
             for search, record, change in found:
-                if change.by is not None and change.by != record.owner:
+                by = change.by
+                if by is not None and by != record.owner:
                     continue
                 change.apply_to(record)
-                search.touch(record)
+                search.revision = record.revision = search.revision + 1  # as touch() does
+                records = search.records
+                del records[record.id]
+                records[record.id] = record
 
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
         with self._lock:

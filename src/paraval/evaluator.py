@@ -35,7 +35,7 @@ from paraval.errors import (
     UsageError,
     WrongTypeError,
 )
-from paraval.functions import describe, name_of
+from paraval.functions import name_of
 from paraval.job import Job, JobContext
 from paraval.loops import Loop
 from paraval.reference_names import ReferenceNames
@@ -44,6 +44,7 @@ from paraval.storage.writer import Writer
 
 if TYPE_CHECKING:
     from paraval.callback import Callback
+    from paraval.engine.recall import Recall
     from paraval.memory import MemoryLimit
 
 __all__ = ["Evaluator"]
@@ -115,6 +116,8 @@ class Evaluator(ReferenceNames, abc.ABC):
     closures: ClassVar[bool] = True
     several_hosts: ClassVar[bool] = False
     watches_memory: ClassVar[bool] = False
+    run_function: Callable[..., Any]
+    _memory_limit: MemoryLimit | None
 
     def __init__(
         self,
@@ -140,15 +143,18 @@ class Evaluator(ReferenceNames, abc.ABC):
     ) -> None:
         if not callable(run_function):
             raise WrongTypeError(f"run_function must be callable, not {type(run_function).__name__}")
-        self._memory_limit: MemoryLimit | None = None
-        self.run_function = self._measured(run_function, memory_limit, profile=profile)
+        self.run_function, self._memory_limit = run_function, None
+        if memory_limit is not None or profile or self.watches_memory:
+            from paraval.profiling import for_evaluator  # here: most evaluators never need it
+
+            self.run_function, self._memory_limit = for_evaluator(
+                run_function, memory_limit, profile=profile, watches_memory=self.watches_memory
+            )
         self.num_workers = checks.positive_int("num_workers", num_workers)
         self._callbacks: list[Callback] = checks.callbacks(callbacks)
         if resume and search_id is None:
             raise BadValueError("resume=True goes on with a search: say which one, with search_id")
         self._storage = _storage_of(storage)
-        self._search_id: str = self._storage.create_new_search() if search_id is None else str(search_id)
-        self._storage.scan(self._search_id, since=sys.maxsize)  # it raises where there is no such search
         self._job_timeout = None if job_timeout is None else checks.seconds("job_timeout", job_timeout, or_zero=False)
         if on_error not in ("record", "raise"):
             raise BadValueError(f"on_error must be 'record' or 'raise', not {on_error!r}")
@@ -169,21 +175,12 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._owner = new_owner()
         self._writer = None if self._storage.by_reference else Writer(self._storage)
         max_attempts = checks.positive_int("max_attempts", max_attempts)
-        function_name = name_of(run_function)
-        recall = None
-        if resume or reuse:
-            from paraval.engine.recall import Recall  # here: most evaluators never need it
-
-            recall = Recall(
-                self._storage,
-                self._search_id,
-                function_name,
-                self._owner,
-                resume=resume,
-                reuse=reuse,
-                max_attempts=max_attempts,
-            )
+        name = name_of(run_function)
+        job_class = checks.job_class(job_class)
         self._backend = self._make_backend()
+        # After all that may be refused: it would leave an empty search behind.
+        self._search_id: str = self._storage.create_new_search() if search_id is None else str(search_id)
+        self._storage.scan(self._search_id, since=sys.maxsize)  # it raises where there is no such search
         self._ledger = Ledger(counts_pending=self._max_pending is not None)
         self._notifier = Notifier(self._callbacks)
         overridden = type(self).execute is not Evaluator.execute
@@ -216,11 +213,11 @@ class Evaluator(ReferenceNames, abc.ABC):
             search_id=self._search_id,
             owner=self._owner,
             function=self.run_function,
-            function_name=function_name,
-            job_class=checks.job_class(job_class),
+            function_name=name,
+            job_class=job_class,
             context=self._context,
             clock=self._clock,
-            recall=recall,
+            recall=self._recall(name, max_attempts, resume=resume, reuse=reuse),
             ledger=self._ledger,
             notifier=self._notifier,
             life=self._life,
@@ -235,34 +232,20 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._undumped: list[Job] = []
         _alive.add(self)
 
-    def _measured(
-        self, run_function: Callable[..., Any], memory_limit: float | None, *, profile: bool
-    ) -> Callable[..., Any]:
-        """Note the memory limit; decorate the run-function with what it asks for and the backend does not do."""
-        if memory_limit is None and not profile and not self.watches_memory:
-            return run_function
-        from paraval import memory, profiling  # here: most evaluators never need them
-        from paraval.worker.pickling import PicklingFailed, dumps
+    def _recall(self, function_name: str, max_attempts: int, *, resume: bool, reuse: bool) -> Recall | None:
+        if not resume and not reuse:
+            return None
+        from paraval.engine.recall import Recall  # here: most evaluators never need it
 
-        limits = []
-        if memory_limit is not None:
-            limits.append(memory.MemoryLimit(memory.limit_in_bytes("memory_limit", memory_limit)))
-        decorated = profiling.settings_of(run_function) or profiling.Profile(report=False)
-        if decorated.limit is not None:
-            limits.append(decorated.limit)
-        self._memory_limit = min(limits, default=None)
-        if profile or limits:
-            memory.require()
-        profile = profile and not (decorated.memory and decorated.report)
-        if not profile and (self.watches_memory or memory_limit is None):
-            return run_function
-        limit = None if self.watches_memory else self._memory_limit
-        wrapped = profiling.wrap(run_function, profiling.Profile(memory=profile, limit=limit, report=profile))
-        try:
-            dumps(wrapped, "the run-function")
-        except PicklingFailed as exc:
-            raise BadValueError(f"{describe(run_function)} cannot be given a process of its own: {exc}") from exc
-        return wrapped
+        return Recall(
+            self._storage,
+            self._search_id,
+            function_name,
+            self._owner,
+            resume=resume,
+            reuse=reuse,
+            max_attempts=max_attempts,
+        )
 
     @abc.abstractmethod
     def _make_backend(self) -> Backend:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, Self, overload
 
+from paraval import memory
 from paraval.errors import BadValueError, WrongTypeError
-from paraval.functions import is_async
+from paraval.functions import describe, is_async
 from paraval.job import RunningJob
 from paraval.memory import MemoryLimit, PeakMemory
+from paraval.worker.pickling import PicklingFailed, dumps
 
-__all__ = ["Profile", "profile", "settings_of", "wrap"]
+__all__ = ["Profile", "for_evaluator", "profile", "settings_of", "wrap"]
 
 P = ParamSpec("P")
 
@@ -227,3 +229,44 @@ class _Measurement:
             if isinstance(inner, Mapping):
                 return {"output": output["output"], "metadata": {**inner, **metadata}}
         return {"output": output, "metadata": metadata}
+
+
+# -- the evaluators' arguments of the same names -----------------------------------------------------------------------
+
+
+def for_evaluator(
+    function: Callable[..., Any], memory_limit: float | None, *, profile: bool, watches_memory: bool
+) -> tuple[Callable[..., Any], MemoryLimit | None]:
+    """Decorate a run-function with what an evaluator was asked for and its backend does not do itself.
+
+    Args:
+        function: the run-function, which may be decorated already.
+        memory_limit: in bytes, or None.
+        profile: measure time and memory.
+        watches_memory: whether the backend watches the memory of its worker processes.
+
+    Returns:
+        The run-function to use, and the limit that holds for its jobs: the lower of what was asked for and what the
+        function is decorated with.
+
+    Raises:
+        ValueError: the limit makes no sense, or the function cannot be given a process of its own.
+    """
+    limits = []
+    if memory_limit is not None:
+        limits.append(MemoryLimit(memory.limit_in_bytes("memory_limit", memory_limit)))
+    decorated = settings_of(function) or Profile(report=False)
+    if decorated.limit is not None:
+        limits.append(decorated.limit)
+    limit = min(limits, default=None)
+    if profile or limits:
+        memory.require()
+    profile = profile and not (decorated.memory and decorated.report)
+    if not profile and (watches_memory or memory_limit is None):
+        return function, limit
+    wrapped = wrap(function, Profile(memory=profile, limit=None if watches_memory else limit, report=profile))
+    try:
+        dumps(wrapped, "the run-function")
+    except PicklingFailed as exc:
+        raise BadValueError(f"{describe(function)} cannot be given a process of its own: {exc}") from exc
+    return wrapped, limit

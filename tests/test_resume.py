@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -11,7 +12,7 @@ import pytest
 
 from paraval import Evaluator, HPOJob, Job, JobStatus, RunningJob
 from paraval.engine.owners import new_owner
-from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage
+from paraval.storage import JobChange, JobRecord, MemoryStorage, SqliteStorage, Storage
 from support import Stage, configurations, ids, make, soon, until_async
 
 
@@ -51,10 +52,13 @@ def _copied(record: JobRecord) -> JobRecord:
     )
 
 
-@pytest.fixture(params=[MemoryStorage, Elsewhere])
-def storage(request: pytest.FixtureRequest) -> Storage:
-    cls: type[Storage] = request.param
-    return cls()
+@pytest.fixture(params=["memory", "elsewhere", "sqlite"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "sqlite":
+        with SqliteStorage(tmp_path / "jobs.db") as opened:
+            yield opened
+    else:
+        yield MemoryStorage() if request.param == "memory" else Elsewhere()
 
 
 class Calls:

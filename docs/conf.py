@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import tomllib
 from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+
+import paraval
 
 project = "paraval"
 author = "The paraval authors"
@@ -31,3 +38,19 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"paraval {release}"
+
+
+def warn_of_undocumented_names(_app: Sphinx, env: BuildEnvironment) -> None:
+    """Warn of each public name that the reference does not have; under ``-W``, which nox uses, that is an error."""
+    modules = {"paraval": dir(paraval)} | {
+        f"paraval.{name}": importlib.import_module(f"paraval.{name}").__all__ for name in paraval._SUBMODULES
+    }
+    documented = {name for name, *_ in env.get_domain("py").get_objects()}
+    for module, names in modules.items():
+        for name in sorted({f"{module}.{name}" for name in names} - documented - {"paraval.__version__"}):
+            logging.getLogger(__name__).warning("%s is public, and the reference does not have it", name)
+
+
+def setup(app: Sphinx) -> None:
+    """Have the reference checked against the package."""
+    app.connect("env-check-consistency", warn_of_undocumented_names)

@@ -337,6 +337,11 @@ class Program:
         return now
 
     @property
+    def complaints(self) -> list[str]:
+        """What it wrote to stderr, but for asyncio's remarks (in development mode) that a busy machine is slow."""
+        return [line for line in self.stderr.splitlines() if not line.startswith("Executing <")]
+
+    @property
     def code(self) -> int:
         code = self._process.poll()
         assert code is not None, "the program still runs"

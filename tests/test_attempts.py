@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,11 @@ import anyio
 import pytest
 
 import runfunctions
+import support
 from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
 from paraval.callback import Callback
 from runfunctions import Flags
-from support import CountingStorage, configurations, make, outputs, soon, until, until_async
+from support import CountingStorage, configurations, outputs, soon, until, until_async
 from workers import errors, no_process_left_behind, timed_out
 
 pytestmark = [
@@ -24,6 +29,11 @@ pytestmark = [
 ]
 
 METHODS = ["serial", "thread", "process"]
+LOKY = pytest.param(
+    "loky", marks=pytest.mark.skipif(find_spec("loky") is None, reason="loky is not installed (extra 'loky')")
+)
+with_processes = pytest.mark.parametrize("method", ["process", LOKY, "executor"])
+every_method = pytest.mark.parametrize("method", [*METHODS, LOKY, "executor"])
 
 
 @pytest.fixture(params=METHODS)
@@ -45,6 +55,13 @@ def flags(tmp_path: Path) -> Flags:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paraval.engine.attempts._BACK_OFF_S", 0.005)
+
+
+def make(method: str, function: Callable[..., Any], **kwargs: Any) -> Evaluator:
+    if method == "executor":
+        context = multiprocessing.get_context("forkserver")
+        kwargs["executor"] = functools.partial(ProcessPoolExecutor, 2, mp_context=context)
+    return support.make(method, function, **kwargs)
 
 
 class UnluckyError(ConnectionError):
@@ -70,6 +87,7 @@ def run(method: str, function: Callable[..., Any], count: int = 1, **kwargs: Any
         return evaluator.jobs
 
 
+@every_method
 def test_a_job_may_fail_so_often(method: str, flags: Flags) -> None:
     storage = CountingStorage()
     function = fails_at_first(flags, 2)
@@ -82,6 +100,7 @@ def test_a_job_may_fail_so_often(method: str, flags: Flags) -> None:
     assert set(storage.terminal.values()) == {1}
 
 
+@every_method
 def test_past_its_attempts_a_job_fails_with_all_of_them(method: str, flags: Flags) -> None:
     function = fails_at_first(flags, 9)
     (job,) = run(method, function, max_attempts=3, retry_on=(OSError,), job_class=HPOJob)
@@ -123,6 +142,7 @@ def test_only_what_is_named_is_tried_again(method: str, flags: Flags, kwargs: di
     assert flags.text("count-0") == str(attempts)
 
 
+@every_method
 def test_subclasses_and_local_classes_are_known(method: str, flags: Flags) -> None:
     class LocalError(Exception):
         pass
@@ -134,6 +154,7 @@ def test_subclasses_and_local_classes_are_known(method: str, flags: Flags) -> No
     assert job.output == (0, 2)
 
 
+@every_method
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 def test_even_the_end_of_everything_can_be_tried_again(method: str, flags: Flags, error: type[BaseException]) -> None:
     (job,) = run(method, fails_at_first(flags, 1, error), max_attempts=2, retry_on=error)
@@ -299,21 +320,19 @@ def dies_at_first(flags: Flags, times: int, *, raises: bool = False) -> Callable
     return function
 
 
-def make_process(function: Callable[..., Any], **kwargs: Any) -> Evaluator:
-    return Evaluator.create(function, "process", kwargs)
-
-
+@with_processes
 @pytest.mark.parametrize("batching", ["auto", 10])
-def test_a_job_whose_worker_dies_has_more_attempts(flags: Flags, batching: Any) -> None:
+def test_a_job_whose_worker_dies_has_more_attempts(method: str, flags: Flags, batching: Any) -> None:
     storage = CountingStorage()
-    jobs = run("process", dies_at_first(flags, 2), 4, max_attempts=9, num_workers=2, batching=batching, storage=storage)
+    jobs = run(method, dies_at_first(flags, 2), 4, max_attempts=9, num_workers=2, batching=batching, storage=storage)
     assert errors(jobs) == []
     assert outputs(jobs) == [(x, 3) for x in range(4)]
     assert set(storage.terminal.values()) == {1}
 
 
-def test_past_its_attempts_a_job_whose_worker_died_fails_with_all_of_them(flags: Flags) -> None:
-    (job,) = run("process", dies_at_first(flags, 9), max_attempts=3, job_class=HPOJob)
+@with_processes
+def test_past_its_attempts_a_job_whose_worker_died_fails_with_all_of_them(method: str, flags: Flags) -> None:
+    (job,) = run(method, dies_at_first(flags, 9), max_attempts=3, job_class=HPOJob)
     error = job.error
     assert error is not None
     assert isinstance(job, HPOJob)
@@ -323,15 +342,17 @@ def test_past_its_attempts_a_job_whose_worker_died_fails_with_all_of_them(flags:
     assert len({past.pid for past in (*error.history, error)}) == 3
 
 
-def test_deaths_and_exceptions_count_together(flags: Flags) -> None:
-    (job,) = run("process", dies_at_first(flags, 9, raises=True), max_attempts=4, retry_on=ConnectionError)
+@with_processes
+def test_deaths_and_exceptions_count_together(method: str, flags: Flags) -> None:
+    (job,) = run(method, dies_at_first(flags, 9, raises=True), max_attempts=4, retry_on=ConnectionError)
     error = job.error
     assert error is not None
     assert error.attempts == 4
     assert [past.kind for past in (*error.history, error)] == ["worker_died", "exception"] * 2
 
 
-def test_a_death_is_one_attempt_even_among_jobs_sent_ahead(flags: Flags) -> None:
+@with_processes
+def test_a_death_is_one_attempt_even_among_jobs_sent_ahead(method: str, flags: Flags) -> None:
     """The guilty one of a batch is run again alone, to know that it is guilty: that is not an attempt of the others."""
 
     def function(job: RunningJob) -> Any:
@@ -340,13 +361,14 @@ def test_a_death_is_one_attempt_even_among_jobs_sent_ahead(flags: Flags) -> None
             os._exit(9)
         return job["x"]
 
-    jobs = run("process", function, 8, batching=8, max_attempts=2)
+    jobs = run(method, function, 8, batching=8, max_attempts=2)
     assert errors([job for job in jobs if job.args["x"] != 3]) == []
     error = jobs[3].error
     assert error is not None
     assert (error.attempts, len(error.history)) == (2, 1)
 
 
+@every_method
 def test_a_timeout_is_not_tried_again(method: str, flags: Flags) -> None:
     if method == "serial":
 
@@ -369,7 +391,7 @@ def test_a_timeout_is_not_tried_again(method: str, flags: Flags) -> None:
 
 def test_a_job_may_be_closed_between_two_deaths(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paraval.engine.attempts.random.uniform", lambda _low, _high: 60.0)
-    evaluator = make_process(dies_at_first(flags, 9), max_attempts=5)
+    evaluator = make("process", dies_at_first(flags, 9), max_attempts=5)
     evaluator.submit(configurations(1))
     until(lambda: flags.up("count-0") and evaluator.jobs[0].status is JobStatus.READY)
     (job,) = evaluator.close()

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ import runfunctions
 from paraval import Evaluator, HPOJob, Job, JobStatus, RunningJob
 from runfunctions import sometimes_wrong, wrong_configuration
 from support import CountingStorage, configurations, outputs, soon
-from workers import errors, is_alive, no_process_left_behind, timed_out
+from workers import children, errors, is_alive, listening, no_process_left_behind, open_files, timed_out
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
@@ -36,13 +39,11 @@ class Host:
     Attributes:
         method: its name.
         requires: the module that it adapts.
-        tells_how: whether it knows the exit code or the signal of a worker that died.
         kwargs: what its evaluator needs.
     """
 
     method: str
     requires: str = "paraval"
-    tells_how: bool = True
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,7 +56,7 @@ PROCESS = Host("process")
 HOSTS = [
     PROCESS,
     Host("loky", requires="loky"),
-    Host("executor", tells_how=False, kwargs={"executor": _pool}),
+    Host("executor", kwargs={"executor": _pool}),
 ]
 
 
@@ -136,7 +137,7 @@ RAISING = ["raise", "sys.exit", "interrupt"]
 PLACES = ["argument", "running", "result"]
 
 
-def check(host: Host, job: Job, kind: str) -> None:
+def check(job: Job, kind: str) -> None:
     """Look whether a job failed for the right reason."""
     error = job.error
     assert error is not None, job
@@ -146,9 +147,9 @@ def check(host: Host, job: Job, kind: str) -> None:
         assert error.kind == "worker_died", error
         assert isinstance(job, HPOJob)
         assert job.objective == "F_worker_died"
-        if host.tells_how:
-            assert (error.exit_code, error.signal) == DEADLY[kind]
-            assert error.pid not in (None, os.getpid())
+        assert (error.exit_code, error.signal) == DEADLY[kind]
+        assert error.pid not in (None, os.getpid())
+        assert error.host == os.uname().nodename
     else:
         assert error.kind == "exception", error
         assert "it went wrong" in error.message
@@ -175,7 +176,7 @@ def crash(host: Host, place: str, face: Face, batching: Any) -> None:
     jobs = face(evaluator, args_list)
     assert len({job.id for job in jobs}) == len(jobs) == len(args_list)
     for number, kind in enumerate(kinds):
-        check(host, evaluator.jobs[4 + 3 * number], kind)
+        check(evaluator.jobs[4 + 3 * number], kind)
     innocent = [job for number, job in enumerate(evaluator.jobs) if number < 4 or (number - 4) % 3]
     assert errors(innocent) == []
     assert [job.output["objective"] for job in innocent] == [2 * job.args["x"] for job in innocent]
@@ -232,7 +233,7 @@ def poison_1000(host: Host, batching: Any) -> None:
     assert {job.args["x"] for job in jobs if job.failed} == set(poison)
     for job in jobs:
         if job.args["x"] in poison:
-            check(host, job, poison[job.args["x"]])
+            check(job, poison[job.args["x"]])
         else:
             assert job.output == {"objective": 2.0 * job.args["x"]}
     assert len(storage.terminal) == 1500
@@ -246,7 +247,7 @@ def test_nothing_but_poison(host: Host) -> None:
         jobs = evaluator.gather("ALL")
         assert len(jobs) == 10
         for job in jobs:
-            check(host, job, "exit")
+            check(job, "exit")
         assert evaluator.evaluate({"x": 1}).output == {"objective": 2.0}
 
 
@@ -287,6 +288,99 @@ def test_the_traceback_shows_causes_and_notes(host: Host) -> None:
         "a note",
     ):
         assert text in error.traceback
+
+
+# -- in the long run ---------------------------------------------------------------------------------------------------
+
+# Of the process evaluator, test_process has the like.
+others = pytest.mark.parametrize("host", HOSTS[1:], ids=lambda host: host.method, indirect=True)
+
+
+def _pool_of_children() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+
+
+@others
+def test_workers_killed_at_random(host: Host) -> None:
+    """Whatever moment a worker is killed at: at most the job that it ran fails, and never another."""
+
+    def function(job: RunningJob) -> Any:
+        end = time.monotonic() + job["x"] % 7 / 1000
+        while time.monotonic() < end:
+            pass
+        return job["x"]
+
+    storage = CountingStorage()
+    random_ = random.Random(7)
+    killed: set[int] = set()
+    jobs: list[Job] = []
+    kwargs = {"executor": _pool_of_children} if host.method == "executor" else {}
+    with make(host, function, num_workers=2, storage=storage, **kwargs) as evaluator:
+        before = children()
+        evaluator.submit(configurations(300))
+        while evaluator.statistics().done + evaluator.statistics().failed < 300:
+            if len(killed) < 5 and (alive := sorted(pid for pid in children() - before if is_alive(pid))):
+                pid = random_.choice(alive)
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            jobs += evaluator.gather("BATCH", 1)
+        jobs += evaluator.gather("ALL")
+    assert len(killed) == 5
+    assert len(jobs) == 300
+    assert len(storage.terminal) == 300
+    assert set(storage.terminal.values()) == {1}
+    failed = [job.error for job in jobs if job.error is not None]
+    assert [error for error in failed if (error.kind, error.signal) != ("worker_died", signal.SIGKILL)] == []
+    guilty = [error.pid for error in failed]
+    assert len(set(guilty)) == len(guilty)
+    assert set(guilty) <= killed
+    assert outputs(job for job in jobs if job.error is None) == sorted(job.args["x"] for job in jobs if not job.failed)
+
+
+@others
+def test_a_long_series_leaves_nothing_open(host: Host) -> None:
+    def function(job: RunningJob) -> Any:
+        if job["x"] % 10 == 0:
+            raise ValueError(job["x"])
+        if job["x"] % 100 == 1:
+            return os.getpid(), len(runfunctions.open_files(job)), threading.active_count()
+        return job["x"]
+
+    storage = CountingStorage()
+    with make(host, function, num_workers=2, storage=storage) as evaluator:
+
+        def a_round(count: int) -> tuple[int, set[threading.Thread], set[Any]]:
+            evaluator.submit(configurations(count))
+            jobs = evaluator.gather("ALL")
+            assert len(jobs) == count
+            assert sorted(job.args["x"] for job in jobs if job.failed) == list(range(0, count, 10))
+            inside = {job.output for job in jobs if job.args["x"] % 100 == 1}
+            return len(open_files()), set(threading.enumerate()), inside
+
+        files, threads, inside = a_round(1000)
+        files_after, threads_after, inside_after = a_round(20_000)
+    assert files_after <= files
+    assert threads_after <= threads
+    assert inside_after <= inside
+    assert set(storage.terminal.values()) == {1}
+
+
+@others
+def test_200_mb_of_argument_and_of_result(host: Host) -> None:
+    size = 200_000_000
+    with make(host, runfunctions.echo) as evaluator:
+        job = evaluator.evaluate({"x": bytes(size)})
+        assert job.error is None
+        assert len(job.output) == size
+
+
+@others
+def test_nothing_listens(host: Host) -> None:
+    before = listening(os.getpid())
+    with make(host, runfunctions.pid, num_workers=2) as evaluator:
+        pid = evaluator.evaluate({}).output
+        assert listening(os.getpid(), pid) == before
+    assert listening(os.getpid()) == before
 
 
 # -- other ways to go --------------------------------------------------------------------------------------------------

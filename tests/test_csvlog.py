@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paraval.csvlog import CSVError, CSVLog, CSVPathError, check_writable
+from paraval.csvlog import MOST_LATE_COLUMNS, CSVError, CSVLog, CSVPathError, check_writable
 from paraval.errors import ParavalError
 from paraval.job import HPOJob, Job
 from paraval.outcome import JobError, Outcome, is_failure
@@ -124,6 +124,61 @@ def test_columns_freeze_at_the_first_success_and_the_log_names_what_is_left_out(
     assert header(path) == ["p:x", "objective", "job_id", "job_status"]
     assert len(read(path)) == 3
     assert ["'m:late'" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_late_columns_come_at_the_end_and_nothing_is_lost(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    odd = 'quoted "twice",\r\nand\rbroken\n'
+    log = CSVLog(path, late_columns=True)
+    log.write([hpo(0, {"objective": "F_early", "metadata": {"early": odd}})])
+    log.write([hpo(1, {"objective": 1.0, "metadata": {"n": odd}}, {"x": odd})])
+    columns = ["p:x", "objective", "job_id", "job_status", "m:n", "m:early"]
+    assert header(path) == columns
+    before = path.read_bytes()
+    log.write([hpo(2, {"objective": 2.0, "metadata": {"n": 2, "late, too": odd, "empty": None}})])
+    log.write([hpo(3, (3.0, 4.0)), hpo(4, {"objective": 5.0, "metadata": {"last": 5}})])
+    assert header(path) == [*columns, "m:late, too", "m:last"]
+    rows = read(path)
+    assert [row["job_id"] for row in rows] == list("01234")
+    assert [row["m:early"] for row in rows] == [odd, "", "", "", ""]
+    assert [row["m:n"] for row in rows] == ["", odd, "2", "", ""]
+    assert [row["m:late, too"] for row in rows] == ["", "", odd, "", ""]
+    assert [row["m:last"] for row in rows] == ["", "", "", "", "5"]
+    assert [row["objective"] for row in rows] == ["F_early", "1.0", "2.0", "(3.0, 4.0)", "5.0"]
+    assert path.read_bytes().count(b"\r\n") == before.count(b"\r\n") + 3 + 1  # one more within a cell
+    assert not caplog.records
+    assert [file.name for file in path.parent.iterdir()] == ["results.csv"]
+
+
+def test_more_objectives_than_before_are_late_columns(path: Path) -> None:
+    log = CSVLog(path, late_columns=True)
+    log.write([hpo(0, (1.0, 2.0))])
+    log.write([hpo(1, (1.0, 2.0, 3.0)), hpo(2, "F_x")])
+    assert header(path)[-1] == "objective_2"
+    assert [row["objective_2"] for row in read(path)] == ["", "3.0", "F_x"]
+
+
+def test_late_columns_have_an_end(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = CSVLog(path, late_columns=True)
+    log.write([hpo(0, 1.0)])
+    for number in range(1, MOST_LATE_COLUMNS + 3):
+        log.write([hpo(number, {"objective": 1.0, "metadata": {f"only_{number}": number}})])
+    rows = read(path)
+    assert len(rows) == MOST_LATE_COLUMNS + 3
+    assert all(rows[number][f"m:only_{number}"] == str(number) for number in range(1, MOST_LATE_COLUMNS + 1))
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        f"'m:only_{MOST_LATE_COLUMNS + late}' is left out: the columns are those of the first successful job, "
+        f"and {MOST_LATE_COLUMNS} late ones"
+        for late in (1, 2)
+    ]
+
+
+def test_several_objectives_where_one_was_expected_are_not_said_to_be_left_out(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = CSVLog(path)
+    log.write([hpo(0, 1.0), hpo(1, (2.0, 3.0))])
+    assert [row["objective"] for row in read(path)] == ["1.0", "(2.0, 3.0)"]
+    assert not caplog.records
 
 
 def test_parameters_known_beforehand_have_a_column(path: Path) -> None:
@@ -252,6 +307,34 @@ results = st.one_of(
 )
 values = st.one_of(st.text(), numbers, st.none(), st.lists(st.integers()))
 arguments = st.dictionaries(st.text(max_size=3), values, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.tuples(results, arguments), max_size=4), max_size=6))
+def test_whatever_the_jobs_return_late_columns_keep_all_of_it(
+    batches: list[list[tuple[Any, dict[str, Any]]]],
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "results.csv")
+        log = CSVLog(path, late_columns=True)
+        jobs: list[HPOJob] = []
+        for batch in batches:
+            new = [hpo(len(jobs) + number, result, args) for number, (result, args) in enumerate(batch)]
+            jobs += new
+            log.write(new)
+            rows = read(path) if jobs else []
+            assert [row["job_id"] for row in rows] == [job.id.removeprefix("0.") for job in jobs]
+            for job, row in zip(jobs, rows, strict=True):
+                cells = {f"p:{key}": value for key, value in job.args.items()}
+                cells |= {f"m:{key}": value for key, value in job.metadata.items() if not key.startswith("_")}
+                for name, value in cells.items():
+                    assert row.get(name, "") == ("" if value is None else str(value))
+                objective = job.objective
+                shown = [cell for name, cell in row.items() if name.startswith("objective") and cell]
+                if isinstance(objective, tuple):
+                    assert shown in (list(map(str, objective)), [f"({', '.join(map(str, objective))})"])
+                else:
+                    assert set(shown) == {str(objective)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -465,6 +548,45 @@ def test_a_pipe_gets_the_header_once_and_early_failures_with_the_first_success(t
     ]
 
 
+def test_a_pipe_that_nobody_reads_is_refused_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paraval.csvfile.PATIENCE", 0.1)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    with pytest.raises(CSVPathError, match=r"^cannot write .*/pipe: nobody reads this pipe; start its reader first$"):
+        CSVLog(pipe)
+
+
+def test_a_reader_that_takes_nothing_holds_nothing_up_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paraval.csvfile.PATIENCE", 0.1)
+    monkeypatch.setattr("paraval.csvlog.PATIENCE", 0.1)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    log = CSVLog(pipe)
+    for number in range(300):
+        log.write([hpo(number, 1.0, {"text": "x" * 1000})])
+    with pytest.raises(CSVError, match=r"its reader took nothing for 0\.1 s; \d+ row\(s\) are kept"):
+        log.close()
+    os.set_blocking(reader, True)
+    received: list[str] = []
+
+    def read_all() -> None:
+        with os.fdopen(reader, encoding="utf-8", newline="") as file:
+            received.append(file.read())
+
+    thread = threading.Thread(target=read_all, daemon=True)
+    keeper = os.open(pipe, os.O_WRONLY)  # the reader must not meet the end before the log has come back
+    thread.start()
+    log.close()
+    os.close(keeper)
+    thread.join(30)
+    rows = list(csv.DictReader(received[0].splitlines()))
+    assert [int(row["job_id"]) for row in rows] == list(range(300))
+
+
 def test_a_pipe_gets_failures_at_the_end_when_there_is_nothing_else(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -536,12 +658,13 @@ def test_a_disk_that_fills_up_leaves_whole_rows_and_loses_none(path: Path, room:
     assert [row["job_id"] for row in read(path)] == list("012345")
 
 
-def test_a_file_that_cannot_be_replaced_stays_as_it_was(path: Path) -> None:
+@pytest.mark.parametrize("first", ["'F'", "1.0"])
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(path: Path, first: str) -> None:
     child = run_python(
         """
         path = sys.argv[1]
-        log = CSVLog(path)
-        log.write([job(0, "F")])
+        log = CSVLog(path, late_columns=True)
+        log.write([job(0, eval(sys.argv[2]))])
         before = open(path, newline="").read()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, resource.RLIM_INFINITY))
         try:
@@ -556,6 +679,7 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(path: Path) -> None:
         log.write([job(2, 2.0)])
         """,
         str(path),
+        first,
     )
     child.communicate()
     assert child.returncode == 0

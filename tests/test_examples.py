@@ -1,4 +1,4 @@
-"""The README, the documentation and the examples: what they show runs as it stands, without a warning."""
+"""The README's promises and the examples: what they show runs as it stands, without a warning."""
 
 from __future__ import annotations
 
@@ -28,14 +28,6 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def documented_programs() -> list[object]:
-    return [
-        pytest.param(block, id=f"{path.relative_to(ROOT)}-{number}")
-        for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-        for number, block in enumerate(blocks(path.read_text(encoding="utf-8"), "python"))
-    ]
-
-
 def run_python(*arguments: str | Path, cwd: Path) -> str:
     """Run Python with warnings as errors; give what it printed."""
     ran = subprocess.run(
@@ -60,13 +52,6 @@ def test_readme_begins_with_the_promised_commands() -> None:
         assert command.startswith("python3 -m venv .venv && .venv/bin/python -m pip install -q ")
     assert " && .venv/bin/paraval run examples/digits.py:run " in main_job
     assert tests.endswith(" && .venv/bin/nox\n")
-
-
-@pytest.mark.parametrize("program", documented_programs())
-def test_a_documented_program_runs_as_it_stands(program: str, tmp_path: Path) -> None:
-    file = tmp_path / "program.py"
-    file.write_text(program, encoding="utf-8")
-    run_python(file, cwd=tmp_path)
 
 
 def test_the_ten_line_example_shows_what_it_says(tmp_path: Path) -> None:

@@ -554,6 +554,7 @@ def test_a_storage_failure_wakes_everyone_who_waits(method: str, stage: Stage) -
 def test_the_threads_loop_is_stopped_under_the_evaluator(caplog: pytest.LogCaptureFixture) -> None:
     async def run(job: RunningJob) -> int:
         if job["x"] == "stop":
+            await until_async(lambda: evaluator._ledger._waiters)  # a gather that comes later is given the jobs
             asyncio.get_running_loop().stop()
             await asyncio.sleep(60)
         return 1
@@ -1000,11 +1001,13 @@ SWEEP = """
 
     def say_ready():
         deadline = time.monotonic() + 20
-        while evaluator.statistics().done < 2 or evaluator.statistics().running < 2:
+        # A signal that meets Thread.start() may come out as a RuntimeError: of threading's own locks, not of ours.
+        while not started or evaluator.statistics().done < 2 or evaluator.statistics().running < 2:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         print("ready", flush=True)
 
+    started = []
     both = threading.Barrier(2)
     method = {method!r}
     evaluator = Evaluator.create(
@@ -1019,6 +1022,7 @@ SYNC_SWEEP = (
     try:
         with evaluator:
             threading.Thread(target=say_ready, daemon=True).start()
+            started.append(True)
             evaluator.gather("ALL")
     except KeyboardInterrupt:
         finish(evaluator)
@@ -1033,6 +1037,7 @@ ASYNC_SWEEP = (
         async with evaluator:
             await evaluator.submit_async([dict(x=x) for x in range(6)])
             threading.Thread(target=say_ready, daemon=True).start()
+            started.append(True)
             await evaluator.gather_async("ALL")
 
     try:
@@ -1081,6 +1086,7 @@ def test_ctrl_c_in_other_sync_calls(method: str, how: str) -> None:
         + f"""
     evaluator.submit([dict(x=x) for x in range(5)])
     threading.Thread(target=say_ready, daemon=True).start()
+    started.append(True)
     {call}
 """
     )

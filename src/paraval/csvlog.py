@@ -1,33 +1,22 @@
 """Jobs as rows of a CSV file: one writer for the callback, for ``Evaluator.dump_evals`` and for the command line.
 
-What is on disk. A file begins, and gets another header, as a temporary file in the same directory, which is fsynced and
-renamed over the path (then the directory is fsynced): a reader sees the old file or the new one, both whole. Every
-later row is appended, by one write of whole rows that is flushed and fsynced, because a rename for each would copy
-all earlier rows, and the cost of a job would grow with the number of jobs. A write that fails is cut back to the
-last whole row. So whenever :meth:`CSVLog.write` has returned, its rows are on disk, whole, and stay so. Only rows whose
-write has *not* returned can be cut, when the machine loses power or SIGKILL strikes inside that very call: the file's
-last line then has no line end.
-
-Rows end with CRLF and the encoding is UTF-8 (RFC 4180, and what the ``csv`` module writes by default).
+What holds for the file on disk is told at :mod:`paraval.csvfile`. Rows end with CRLF and the encoding is UTF-8
+(RFC 4180, and what the ``csv`` module writes by default).
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import errno
 import io
 import itertools
 import logging
 import os
-import stat
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from paraval.errors import BadValueError, ParavalError, WrongTypeError
+from paraval.csvfile import PATIENCE, CSVError, CSVPathError, check_writable, sink_at
+from paraval.errors import ParavalError, WrongTypeError
 from paraval.job import HPOJob, Job
 from paraval.outcome import is_failure
 
@@ -38,31 +27,14 @@ _logger = logging.getLogger(__name__)
 SavedKeys = Sequence[str] | Callable[[Any], Mapping[str, Any]] | None
 """Which arguments of a job become columns: all, those with these names, or what a function of the job returns."""
 
-
-class CSVError(ParavalError, OSError):
-    """The CSV file could not be written; its rows are kept in memory and tried again."""
-
-
-class CSVPathError(CSVError, BadValueError):
-    """No CSV file can be written at this path; the message says why."""
+MOST_LATE_COLUMNS: Final = 100
+"""How many columns a file gets after its first successful job: each one copies the file."""
 
 
 class SavedKeyError(ParavalError, KeyError):
     """A job lacks an argument that was to be saved."""
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Make sure that a CSV file can be written at ``path``. The check leaves nothing there.
-
-    An existing file is no obstacle: it is kept under another name when the first row is written. Character devices such
-    as ``/dev/full`` and ``/dev/stdout`` and named pipes are allowed, if they may be written.
-
-    Raises:
-        CSVPathError: (an OSError and a ValueError) it cannot; the message names what is wrong.
-    """
-    _sink_at(path)
 
 
 class CSVLog:
@@ -72,9 +44,14 @@ class CSVLog:
     single failure is repeated), ``job_id``, ``job_status``, ``m:*`` (metadata, without the keys that start with ``_``);
     for a plain :class:`Job`, ``job_id``, ``job_status``, ``p:*``, ``o:*`` (or ``o:`` for an output that is no dict),
     ``m:*``. They freeze at the first successful job: what later jobs have beyond them is left out, and a warning names
-    it once. Jobs that failed before it are written at once with the columns known then; when the first success has
-    others, the file is replaced by one with the frozen columns and all earlier rows. (A device cannot be replaced:
-    there they wait for the first success, or for ``close``.)
+    it once; or, with ``late_columns``, it gets columns at the end, for which the file is copied. Jobs that failed
+    before the first success are written at once with the columns known then; when it has others, the file is replaced
+    by one with the frozen columns and all earlier rows.
+
+    A device or a pipe cannot be replaced: there early failures wait for the first success, or for ``close``, and late
+    columns are left out. A named pipe must have a reader, whom the constructor gives a few seconds to appear. While
+    that reader takes nothing, ``write`` keeps rows for later; ``close`` waits as long as it takes something now and
+    then.
 
     A file that exists at the path is never destroyed: it is renamed to ``results.csv.1`` (or the next free number).
 
@@ -84,12 +61,13 @@ class CSVLog:
         convert: applied to the values that a list of ``saved_keys`` selects.
         error_column: adds ``m:error``: one line on why the job failed, empty otherwise.
         parameters: names of arguments that get a column even if the first successful job lacks them.
+        late_columns: keep what later jobs have beyond the columns of the first success (up to 100 columns more).
 
     Attributes:
         path: where the rows go, absolute.
 
     Raises:
-        CSVPathError: no file can be written at ``path``.
+        CSVPathError: no file can be written at ``path``, or nobody reads the pipe.
         TypeError: ``saved_keys`` is none of the above.
     """
 
@@ -101,14 +79,18 @@ class CSVLog:
         convert: Callable[[Any], Any] | None = None,
         error_column: bool = False,
         parameters: Iterable[str] = (),
+        late_columns: bool = False,
     ) -> None:
         if not (saved_keys is None or callable(saved_keys) or isinstance(saved_keys, list | tuple)):
             raise WrongTypeError(f"saved_keys must be None, a list of names or a callable, not {saved_keys!r}")
-        self._sink = _sink_at(path)
+        self._sink = sink_at(path)
+        self._sink.prepare()
+        self._sink.patience = 0.0
         self.path = str(self._sink.path)
         self._saved_keys = saved_keys
         self._convert = convert
         self._error_column = error_column
+        self._late_columns = late_columns and self._sink.replaceable
         self._parameters: dict[str, str] = dict.fromkeys((f"p:{name}" for name in parameters), "")
         self._layout = _Layout()
         self._early: list[_Row] = []  # on disk, under columns that may still change
@@ -151,6 +133,7 @@ class CSVLog:
             CSVError: what is left over could not be written; it is still kept.
         """
         with self._lock:
+            self._sink.patience = PATIENCE
             try:
                 self._flush(last=True)
             finally:
@@ -164,11 +147,21 @@ class CSVLog:
             if not last:
                 return
             layout = layout._replace(frozen=True)
+        old = self._layout
         try:
-            if layout.columns == self._layout.columns and self._sink.is_ours():
+            if not self._sink.is_ours() or (layout.columns != old.columns and not old.frozen):
+                self._sink.replace(self._text(layout, self._early + self._pending, header=True))
+            elif layout.columns == old.columns:
                 self._sink.append(self._text(layout, self._pending))
             else:
-                self._sink.replace(self._text(layout, self._early + self._pending, header=True))
+                self._sink.widen(layout.columns[len(old.columns) :], self._text(layout, self._pending))
+        except BlockingIOError:  # the reader of a pipe takes nothing now
+            if not last:
+                return
+            raise CSVError(
+                f"cannot write {self.path}: its reader took nothing for {PATIENCE:g} s; {len(self._pending)} row(s) "
+                "are kept in memory and tried again with the next write"
+            ) from None
         except OSError as exc:
             error = CSVError(
                 f"cannot write {self.path}: {exc.strerror or exc}; {len(self._pending)} row(s) are not on disk yet, "
@@ -187,10 +180,11 @@ class CSVLog:
         """Find the columns for the rows on disk and those to be written."""
         old = self._layout
         if old.frozen:
-            return old
+            return self._with_late_columns(old, self._pending)
         success = next((row for row in self._pending if row.success), None)
         if success is not None:
-            return _Layout(tuple(success.cells(success.objectives)), success.objectives, frozen=True)
+            frozen = _Layout(tuple(success.cells(success.objectives)), success.objectives, frozen=True)
+            return self._with_late_columns(frozen, self._early + self._pending)
         columns, rows, objectives = old.columns, self._pending, old.objectives
         if objectives is None:
             objectives = next((row.objectives for row in rows if row.objectives), None)
@@ -198,6 +192,20 @@ class CSVLog:
                 columns, rows = (), self._early + rows
         names = (name for row in rows for name in row.cells(objectives))
         return _Layout(tuple(dict.fromkeys(itertools.chain(columns, names))), objectives)
+
+    def _with_late_columns(self, layout: _Layout, rows: Sequence[_Row]) -> _Layout:
+        room = MOST_LATE_COLUMNS - layout.late if self._late_columns else 0
+        if not room:
+            return layout
+        late: dict[str, None] = {}
+        objectives = layout.objectives
+        if objectives is not None:
+            objectives = max(objectives, *(row.objectives or 0 for row in rows))
+            late |= {f"objective_{index}": None for index in range(layout.objectives or 0, objectives)}
+        for row in rows:
+            late |= {name: None for cells in (row.before, row.after) for name, cell in cells.items() if cell != ""}
+        new = [name for name in late if name not in layout.columns][:room]
+        return _Layout((*layout.columns, *new), objectives, frozen=True, late=layout.late + len(new))
 
     def _text(self, layout: _Layout, rows: Iterable[_Row], *, header: bool = False) -> bytes:
         text = io.StringIO(newline="")
@@ -208,13 +216,14 @@ class CSVLog:
         for row in rows:
             cells = row.cells(layout.objectives)
             if row.objectives and "objective" in known:  # the columns froze with one objective: better there than lost
-                cells["objective"] = f"({', '.join(row.objective)})"
+                cells = {**row.before, "objective": f"({', '.join(row.objective)})", **row.after}
             writer.writerow(cells)
             for name in sorted(cells.keys() - known - self._left_out):
                 if cells[name] != "":
                     self._left_out.add(name)
+                    late = f", and {layout.late} late ones" if layout.late else ""
                     _logger.warning(
-                        "%s: %r is left out: the columns are those of the first successful job", self.path, name
+                        "%s: %r is left out: the columns are those of the first successful job%s", self.path, name, late
                     )
         # A byte that could not be decoded, in a file name or a message, is a lone surrogate: it must not cost the row.
         return text.getvalue().encode("utf-8", "backslashreplace")
@@ -265,6 +274,7 @@ class _Layout(NamedTuple):
     columns: tuple[str, ...] = ()
     objectives: int | None = None
     frozen: bool = False
+    late: int = 0
 
 
 class _Row(NamedTuple):
@@ -288,164 +298,3 @@ class _Row(NamedTuple):
         else:
             several = (self.objective,) * objectives
         return {**self.before, **{f"objective_{i}": cell for i, cell in enumerate(several)}, **self.after}
-
-
-def _sink_at(given: str | os.PathLike[str]) -> _File | _Stream:
-    path = Path(given).absolute()
-    try:
-        kind = stat.S_IFMT(path.stat().st_mode)
-    except FileNotFoundError:
-        kind = stat.S_IFREG  # it will be
-    except (OSError, ValueError) as exc:  # ValueError: a null character in the name
-        raise CSVPathError(f"cannot write {str(path)!r}: {getattr(exc, 'strerror', None) or exc}") from exc
-    if kind in {stat.S_IFCHR, stat.S_IFIFO}:
-        if not os.access(path, os.W_OK):
-            raise CSVPathError(f"cannot write {path}: you have no permission to write to this device")
-        return _Stream(path)
-    if kind == stat.S_IFDIR:
-        raise CSVPathError(f"cannot write {path}: it is a directory; give the path of a file, as {path}/results.csv")
-    if kind != stat.S_IFREG:
-        raise CSVPathError(f"cannot write {path}: it is neither a file, nor a character device, nor a pipe")
-    if path.is_symlink():
-        path = path.resolve()  # the link stays a link; a rename over it would end it
-    if not path.parent.is_dir():
-        raise CSVPathError(f"cannot write {path}: the directory {path.parent} does not exist; create it first")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()  # permission bits alone do not tell (root, read-only mounts)
-    except OSError as exc:
-        raise CSVPathError(
-            f"cannot write {path}: no file can be made in the directory {path.parent}: {exc.strerror}"
-        ) from exc
-    return _File(path)
-
-
-class _File:
-    """A regular file that is whole on disk at any moment; see the docstring of the module."""
-
-    replaceable = True
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.kept_as: str | None = None
-        self._identity: tuple[int, int] | None = None  # device and inode of the file made here
-        self._whole = 0  # how many bytes of it are whole rows; told apart only while _torn
-        self._torn = False
-
-    def is_ours(self) -> bool:
-        """Whether the file at the path is the one made here: not removed, not replaced by somebody else."""
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            return False
-        return (found.st_dev, found.st_ino) == self._identity
-
-    def replace(self, data: bytes) -> None:
-        """Put a new file with ``data`` in the place of ours, in one step. A file that is not ours is kept aside."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.urandom(4).hex()}.tmp")
-        try:
-            with temporary.open("xb", buffering=0) as file:
-                _write_all(file, data)
-                os.fsync(file.fileno())
-                made = os.fstat(file.fileno())
-            if not self.is_ours():
-                if self._identity is not None:
-                    _logger.warning("%s was moved or removed while it was written; it begins anew", self.path)
-                self._keep_other()
-            temporary.replace(self.path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        self._identity = made.st_dev, made.st_ino
-        self._torn = False
-        _sync_folder(self.path.parent)
-
-    def append(self, data: bytes) -> None:
-        """Write whole rows at the end. If that fails or is interrupted, the file ends where it ended before."""
-        with self.path.open("r+b", buffering=0) as file:
-            if self._torn:
-                file.truncate(self._whole)  # an earlier write failed, and cutting it back did too
-            self._whole = file.seek(0, os.SEEK_END)
-            self._torn = True
-            try:
-                _write_all(file, data)
-                os.fsync(file.fileno())
-            except BaseException:
-                file.truncate(self._whole)
-                self._torn = False
-                raise
-            self._torn = False
-
-    def close(self) -> None:
-        """Do nothing: the file is open only while it is written, so that a file moved away is noticed."""
-
-    def _keep_other(self) -> None:
-        if not self.path.exists():
-            return
-        kept = _reserve_name(self.path)
-        try:
-            self.path.replace(kept)
-        except BaseException:
-            kept.unlink()
-            raise
-        self.kept_as = str(kept)
-        _logger.info("%s existed; it is kept as %s", self.path, kept)
-
-
-class _Stream:
-    """A character device or a pipe, written plainly: there is nothing to replace, to sync or to cut back."""
-
-    replaceable = False
-    kept_as: str | None = None
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: io.FileIO | None = None
-        self._sent = 0  # bytes that got through before a write failed: they come again with the next try
-
-    def is_ours(self) -> bool:
-        """Whether it can be written on: always."""
-        return True
-
-    def append(self, data: bytes) -> None:
-        """Write, all of it."""
-        if self._file is None:
-            self._file = self.path.open("wb", buffering=0)
-        while self._sent < len(data):
-            self._sent += self._file.write(memoryview(data)[self._sent :])
-        self._sent = 0
-
-    replace = append
-
-    def close(self) -> None:
-        """Close it, so that the reader of a pipe sees its end."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]  # a disk that is nearly full takes a part, and refuses the next
-
-
-def _reserve_name(path: Path) -> Path:
-    """Make an empty ``path.N``, N the smallest free: a rename onto a name only *seen* free could overwrite a file."""
-    for number in itertools.count(1):
-        name = path.with_name(f"{path.name}.{number}")
-        with contextlib.suppress(FileExistsError):
-            name.open("xb").close()
-            return name
-    raise AssertionError  # the numbers do not end
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the directory last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:  # some network file systems cannot do it for a directory
-            raise
-    finally:
-        os.close(handle)

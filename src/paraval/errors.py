@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadValueError",
+    "CorruptStoreError",
     "EvaluatorClosedError",
     "ForkedError",
     "JobFailedError",
@@ -22,7 +23,10 @@ __all__ = [
     "MissingExtraError",
     "ParavalError",
     "StorageError",
+    "StoreAccessError",
+    "StoreUnreachableError",
     "UsageError",
+    "WrongStoreError",
     "WrongTypeError",
 ]
 
@@ -57,6 +61,22 @@ class ForkedError(ParavalError, RuntimeError):
 
 class StorageError(ParavalError, OSError):
     """A storage could not do what was asked of it."""
+
+
+class CorruptStoreError(StorageError):
+    """What is in a store was damaged: cut, overwritten, emptied. Nothing is made anew in its place."""
+
+
+class StoreAccessError(StorageError, PermissionError):
+    """A store does not let us in, or does not permit what must be done: a password, a certificate, a permission."""
+
+
+class StoreUnreachableError(StorageError, ConnectionError):
+    """The server of a store did not answer, for as long as it was tried."""
+
+
+class WrongStoreError(StorageError):
+    """What is at the place of a store is something else, or of a later release; the message says what."""
 
 
 class MaximumJobsSpawnReached(ParavalError, RuntimeError):  # noqa: N818 - the name is public since the reference system

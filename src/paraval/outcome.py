@@ -21,7 +21,7 @@ FAILURE: Final = "F"
 """The objective of a failed evaluation; a reason may follow: ``"F_out_of_memory"``."""
 
 Objective = float | str | tuple[float | str, ...] | list[float | str]
-"""One objective, a failure (a string that starts with ``"F"``), or several objectives."""
+"""One objective, a failure (a string, which by convention starts with ``"F"``), or several objectives."""
 
 
 class JobError(NamedTuple):
@@ -115,20 +115,22 @@ _HOST: Final = os.uname().nodename if hasattr(os, "uname") else os.environ.get("
 
 
 def is_failure(objective: object) -> bool:
-    """Tell whether an objective says that the evaluation failed (for several objectives: any of them)."""
-    if isinstance(objective, str):
-        return objective.startswith(FAILURE)
+    """Tell whether an objective says that the evaluation failed (for several objectives: any of them).
+
+    Every string does, be it ``"F_reason"``, as the standard writes it, or ``"diverged"``: it is no number that could be
+    compared with others.
+    """
     if isinstance(objective, tuple | list):
-        return any(isinstance(item, str) and item.startswith(FAILURE) for item in objective)
-    return False
+        return any(isinstance(item, str) for item in objective)
+    return isinstance(objective, str)
 
 
 def standardize(output: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Bring what a run-function returned to the standard form.
 
-    Allowed are a number (bool and NumPy scalars count), a string such as ``"F_reason"``, a tuple or list of these
-    (several objectives), a dict with ``"objective"`` and maybe ``"metadata"``, and ``{"output": …, "metadata": …}``
-    around any of them (what ``profile`` returns).
+    Allowed are a number (bool and NumPy scalars count), a string that says why the evaluation failed (``"F_reason"``),
+    a tuple or list of these (several objectives), a dict with ``"objective"`` and maybe ``"metadata"``, and
+    ``{"output": …, "metadata": …}`` around any of them (what ``profile`` returns). Strings are kept as they are.
 
     Args:
         output: what the run-function returned. It is not changed.

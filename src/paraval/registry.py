@@ -27,11 +27,13 @@ class Method:
         name: what ``Evaluator.create`` takes.
         missing: None when it can be used here; else what to do about it.
         load: gives the evaluator class.
+        argument: an argument that it cannot do without and that only a program can give; None when there is none.
     """
 
     name: str
     missing: str | None
     load: Callable[[], type[Evaluator]]
+    argument: str | None = None
 
     @property
     def summary(self) -> str:
@@ -70,12 +72,13 @@ class Method:
 
 @dataclass(frozen=True)
 class _BuiltIn:
-    """Where a method of ours is, and the import that its extra brings."""
+    """Where a method of ours is, the import that its extra brings, and the argument that it needs."""
 
     module: str
     cls: str
     requires: str | None = None
     extra: str | None = None
+    argument: str | None = None
 
 
 # Weakest first among the local methods that take a plain function; `default_method` takes the last that is ready.
@@ -84,7 +87,7 @@ _BUILT_IN: Final = {
     "thread": _BuiltIn("paraval.backends.thread", "ThreadPoolEvaluator"),
     "process": _BuiltIn("paraval.backends.process", "ProcessPoolEvaluator"),
     "loky": _BuiltIn("paraval.backends.loky", "LokyEvaluator", requires="loky", extra="loky"),
-    "executor": _BuiltIn("paraval.backends.executor", "ExecutorEvaluator"),
+    "executor": _BuiltIn("paraval.backends.executor", "ExecutorEvaluator", argument="executor"),
 }
 _LOCAL: Final = ("thread", "process")
 _GROUP: Final = "paraval.evaluators"
@@ -141,7 +144,7 @@ def _own(name: str, where: _BuiltIn) -> Method:
         cls: type[Evaluator] = getattr(importlib.import_module(where.module), where.cls)
         return cls
 
-    return Method(name, missing, load)
+    return Method(name, missing, load, where.argument)
 
 
 def _foreign(entry: EntryPoint) -> Method:

@@ -22,6 +22,7 @@ class CommandLine:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.extra: dict[str, str] = {}  # environment variables
         self._started: list[subprocess.Popen[str]] = []
 
     def write(self, name: str, text: str) -> Path:
@@ -78,12 +79,11 @@ class CommandLine:
     def _command(args: tuple[str, ...]) -> list[str]:
         return [sys.executable, "-W", "error", "-m", "paraval", *args]
 
-    @staticmethod
-    def environment() -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         source = str(Path(paraval.__file__).resolve().parents[1])  # it may be on this process's path by a relative name
         hidden = {"FORCE_COLOR", "COLUMNS", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONPATH"}
         kept = {key: value for key, value in os.environ.items() if key not in hidden}
-        return {**kept, "PYTHONPATH": source, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+        return {**kept, "PYTHONPATH": source, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **self.extra}
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -46,9 +46,12 @@ def test_every_method_is_in_the_table(command_line: CommandLine) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     for name, method in methods().items():
-        assert [line for line in lines if line.split()[:2] == [name, "yes" if method.missing is None else "no:"]]
+        ready = "yes" if method.argument is None else "in"
+        assert [line for line in lines if line.split()[:2] == [name, ready if method.missing is None else "no:"]]
     assert re.search(r"^serial +yes +coroutines +cancels the coroutine +yes +one$", done.stdout, re.MULTILINE)
     assert re.search(r"^thread +yes +threads +asks, then abandons +yes +one$", done.stdout, re.MULTILINE)
+    assert re.search(r"^executor +in programs +calls in an executor ", done.stdout, re.MULTILINE)
+    assert re.search(r"^executor: .* Not for 'paraval run': it needs executor=…$", done.stdout, re.MULTILINE)
     assert re.search(r"^elsewhere +yes +distant threads +kills the worker +yes +several$", done.stdout, re.MULTILINE)
     assert re.search(r"^unready +no: .*elsewhere\.nothing.* +\? +\? +\? +\?$", done.stdout, re.MULTILINE)
     assert "elsewhere: Runs jobs elsewhere.\n" in done.stdout

@@ -30,6 +30,7 @@ def command_line(tmp_path: Path) -> Iterator[CommandLine]:
         command_line.write("functions.py", FUNCTIONS)
         command_line.write("raises.py", "import paraval\n1 / 0\n")
         command_line.write("good.csv", "x\n1\n2\n")
+        (tmp_path / "link.csv").symlink_to("good.csv")
         command_line.write("bad.jsonl", '{"x": 1}\n{"x": 2\n{"x": 3}\n')
         command_line.write("empty.csv", "")
         yield command_line
@@ -53,6 +54,15 @@ def command_line(tmp_path: Path) -> Iterator[CommandLine]:
         ([*RUN, "--method", "serial"], "thread"),
         ([*RUN, "--output", "no/such/place/results.csv"], "no/such/place"),
         ([*RUN, "--output", "."], "directory"),
+        ([*RUN, "--output", "good.csv"], "--output good.csv is the file of --configs"),
+        ([*RUN, "--output", "link.csv"], "--output link.csv is the file of --configs"),
+        ([*RUN, "--output", "functions.py"], "--output functions.py is the file of TARGET"),
+        ([*RUN, "--storage", "sqlite:///new.db", "-o", "./new.db"], "--output ./new.db is the file of --storage"),
+        ([*RUN, "--method", "executor"], "it needs the argument 'executor'"),
+        ([*RUN, "--resume"], "--resume needs --storage URL"),
+        ([*RUN, "--search", "0"], "--search needs --storage URL"),
+        ([*RUN, "--storage", "campaign.db"], "a SQLite file is 'sqlite:///campaign.db'"),
+        ([*RUN, "--storage", "memory:", "--search", "nine"], "nine"),
         ([*RUN, "--set", "needed"], "'needed' must be KEY=VALUE"),
         ([*RUN, "--set", "unknown=1"], "unexpected keyword argument 'unknown'"),
         ([*RUN, "--num-workers", "0"], "--num-workers"),
@@ -73,6 +83,25 @@ def test_it_is_one_line_and_exit_2(command_line: CommandLine, args: list[str], c
     assert complaint in done.stderr
     assert not (command_line.directory / "it_ran").exists()
     assert not (command_line.directory / "results.csv").exists()
+    assert not (command_line.directory / "new.db").exists()
+    assert (command_line.directory / "good.csv").read_text() == "x\n1\n2\n"
+
+
+def test_an_output_that_is_the_file_on_stdin(command_line: CommandLine) -> None:
+    with (command_line.directory / "good.csv").open() as file:
+        process = command_line.start("run", "functions.py:run", "--configs", "-", "--output", "good.csv", stdin=file)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert stderr.startswith("paraval: error: --output good.csv is the file of --configs")
+    assert not (command_line.directory / "good.csv.1").exists()
+
+
+def test_a_pipe_that_nobody_reads(command_line: CommandLine) -> None:
+    os.mkfifo(command_line.directory / "pipe")
+    done = command_line.run(*RUN, "--output", "pipe")
+    assert done.returncode == 2
+    assert done.stderr.endswith("/pipe: nobody reads this pipe; start its reader first\n")
+    assert not (command_line.directory / "it_ran").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")

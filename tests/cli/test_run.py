@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ pytest.importorskip("rich", reason="the command line needs the extra 'cli'")
 from commandline import CommandLine, wait_until
 
 FUNCTIONS = """
-import asyncio, pathlib, threading, time
+import asyncio, pathlib, select, threading, time
 
 def parabola(job, shift=0.0, label=""):
     x = job["x"]
@@ -56,6 +59,32 @@ async def blocking(job):
 
 def fails(job):
     raise RuntimeError("always")
+
+def prints(job):
+    for number in range(200):
+        print(f"from job {job['x']} {number}\\n", end="", flush=True)  # in one piece
+    return float(job["x"])
+
+def chatters(job):
+    print("." * 1000, flush=True)
+    if job["x"] > 1:
+        while True:
+            if not select.select([], [1], [], 0.3)[1]:  # all pipes are full
+                pathlib.Path("full").touch()
+            print("." * 1000, flush=True)
+    return 1.0
+
+def late(job):
+    if job["x"] == 1:
+        return {"objective": 1.0, "metadata": {"late": "note"}}
+    return 0.0
+
+def asked(job):
+    while not job.stopped():
+        if job["x"] < 2:
+            return float(job["x"])
+        time.sleep(0.01)
+    return 7.5
 """
 
 
@@ -115,11 +144,11 @@ def test_stdin_several_objectives_and_the_default_method(command_line: CommandLi
     assert re.search(r"Non-dominated .*: 1 of 4\n.*\n +4 +-?0 +0\.2 +x=4", done.stdout)
     assert re.search(rf"method +process, {len(os.sched_getaffinity(0))} worker", done.stdout)
 
-    # What came out can go in again; the file itself may be the output, too.
-    again = command_line.run("run", "functions.py:coroutine", "--configs", "front.csv", "--output", "front.csv")
+    # What came out can go in again.
+    again = command_line.run("run", "functions.py:coroutine", "--configs", "front.csv", "--output", "again.csv")
     assert again.returncode == 0
     assert re.search("method +serial, ", again.stdout)
-    assert sorted(row["objective"] for row in command_line.rows("front.csv")) == ["1.0", "2.0", "3.0", "4.0"]
+    assert sorted(row["objective"] for row in command_line.rows("again.csv")) == ["1.0", "2.0", "3.0", "4.0"]
 
 
 @pytest.mark.parametrize(("function", "args"), [("parabola", ["--strict"]), ("fails", [])])
@@ -219,6 +248,139 @@ def test_a_reader_who_leaves_early_does_no_harm(command_line: CommandLine) -> No
     assert "Traceback" not in stderr
     assert "BrokenPipe" not in stderr
     assert len(command_line.rows()) == 20
+
+
+@pytest.mark.parametrize("method", ["thread", "process"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_jobs_that_print_for_a_reader_who_left_early(command_line: CommandLine, method: str, shared: bool) -> None:
+    options = {"stderr": subprocess.STDOUT} if shared else {}
+    process = command_line.start("run", "functions.py:prints", "-c", "twenty.jsonl", "-m", method, "-n", "2", **options)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    _, stderr = process.communicate(timeout=20)
+    assert first.startswith("from job ")
+    assert process.returncode == 0, stderr
+    assert "Error" not in (stderr or "")
+    assert sorted(float(row["objective"]) for row in command_line.rows()) == list(range(20))
+
+
+@pytest.mark.parametrize(("output", "shared"), [("results.csv", True), ("results.csv", False), ("-", True)])
+def test_ctrl_c_while_the_reader_of_the_output_takes_nothing(
+    command_line: CommandLine, output: str, shared: bool
+) -> None:
+    temporary = command_line.directory / "temporary"
+    temporary.mkdir()
+    command_line.extra = {"TMPDIR": str(temporary)}
+    process = command_line.start(
+        *("run", "functions.py:chatters", "-c", "twenty.jsonl", "-m", "process", "-n", "1", "-o", output),
+        **({"stderr": subprocess.STDOUT} if shared else {}),
+    )
+    wait_until((command_line.directory / "full").exists)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=20)  # without reading
+    assert process.returncode == 130
+    assert time.monotonic() - sent < 3.5
+    results = command_line.directory / output if output != "-" else next(temporary.glob("*/results.csv"))
+    assert len(command_line.rows(str(results))) >= 1
+
+
+def test_what_jobs_print_arrives_before_the_summary(command_line: CommandLine) -> None:
+    done = command_line.run("run", "functions.py:prints", "--configs", "twenty.jsonl", "-m", "process", "-n", "2")
+    printed, _, summary = done.stdout.partition("Sweep\n")
+    expected = {f"from job {x} {number}" for x in range(20) for number in range(200)}
+    assert sorted(printed.splitlines()) == sorted(expected)
+    assert "Results: results.csv (20 rows)" in summary
+
+
+@pytest.mark.parametrize("output", ["-", "/dev/stdout"])
+def test_results_on_stdout_and_nothing_else_there(command_line: CommandLine, output: str) -> None:
+    temporary = command_line.directory / "temporary"
+    temporary.mkdir()
+    command_line.extra = {"TMPDIR": str(temporary)}
+    done = command_line.run("run", "functions.py:prints", "-c", "twenty.jsonl", "-o", output, "-n", "2")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout, newline="")))
+    assert sorted(float(row["objective"]) for row in rows) == list(range(20))
+    assert "from job 3 7\n" in done.stderr
+    assert "Results: stdout (20 rows)\n" in done.stderr
+    assert not list(temporary.iterdir())
+    assert not (command_line.directory / "results.csv").exists()
+
+
+def test_results_that_stdout_does_not_take_are_kept(command_line: CommandLine) -> None:
+    temporary = command_line.directory / "temporary"
+    temporary.mkdir()
+    command_line.extra = {"TMPDIR": str(temporary)}
+    process = command_line.start("run", "functions.py:coroutine", "--configs", "twenty.jsonl", "--output", "-")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0
+    (folder,) = temporary.iterdir()
+    assert f"Results: {folder}/results.csv, as stdout did not take all of them: its reader left (20 rows)\n" in stderr
+    assert len(command_line.rows(str(folder / "results.csv"))) == 20
+
+
+def test_a_summary_that_cannot_be_written_is_one_line(command_line: CommandLine) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with Path("/dev/full").open("w") as full:
+        process = command_line.start("run", "functions.py:coroutine", "--configs", "twenty.jsonl", stdout=full)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert stderr.splitlines()[-1] == (
+        "paraval: error: the summary could not be written: No space left on device; the results are in results.csv"
+    )
+    assert len(command_line.rows()) == 20
+
+
+def test_a_column_that_comes_late_is_kept(command_line: CommandLine) -> None:
+    done = command_line.run("run", "functions.py:late", "-c", "twenty.jsonl", "-m", "thread", "-n", "1")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert [row["m:late"] for row in command_line.rows()] == ["", "note", *[""] * 18]
+
+
+def test_what_a_stopped_job_returned_is_kept(command_line: CommandLine) -> None:
+    process = command_line.start("run", "functions.py:asked", "-c", "twenty.jsonl", "-m", "thread", "-n", "2")
+    command_line.wait_for_rows(2, process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "left out" not in stderr
+    stopped = [row for row in command_line.rows() if row["job_status"] == "CANCELLED"]
+    assert [row["m:returned"] for row in stopped] == ["7.5"] * len(stopped)
+    assert stopped
+
+
+WAITING = """
+import pathlib, time
+pathlib.Path("importing").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("where", ["import", "stdin"])
+def test_ctrl_c_before_the_first_job_says_so(command_line: CommandLine, where: str) -> None:
+    command_line.write("waiting.py", WAITING)
+    configs, target = ("twenty.jsonl", "waiting.py:run") if where == "import" else ("-", "functions.py:nap")
+    process = command_line.start("run", target, "--configs", configs, stdin=subprocess.PIPE)
+    if where == "import":
+        wait_until((command_line.directory / "importing").exists)
+    else:
+        wait_until(lambda: is_reading(process.pid))
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stdout, stderr) == (130, "", "paraval: interrupted before the first job was started\n")
+    assert not (command_line.directory / "results.csv").exists()
+
+
+def is_reading(pid: int) -> bool:
+    """Whether a process waits in a read of its standard input."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[:2] == ["0", "0x0"]
 
 
 def test_a_long_sweep_of_short_jobs(command_line: CommandLine) -> None:

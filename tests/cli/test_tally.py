@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from paraval.cli.progress import progress_line
 from paraval.cli.tally import FRONT_LIMIT, TOP, Tally
 from paraval.job import HPOJob
 from paraval.outcome import JobError, Outcome
@@ -26,8 +27,8 @@ def test_the_best_are_the_largest_and_of_equals_the_first() -> None:
     for value in [*values, float("nan"), "F_memory", "no number", True]:
         tally.add(ended(value))
     assert [candidate.objectives for candidate in tally.best] == [(99.0 - rank,) for rank in range(TOP)]
-    assert (tally.succeeded, tally.failed, tally.finished, tally.unfinished) == (102, 2, 104, 0)
-    assert {reason: seen.count for reason, seen in tally.reasons.items()} == {"F": 1, "F_memory": 1}
+    assert (tally.succeeded, tally.failed, tally.finished, tally.unfinished) == (101, 3, 104, 0)
+    assert {reason: seen.count for reason, seen in tally.reasons.items()} == {"F": 1, "F_memory": 1, "no number": 1}
     first, second = ended({"objective": 200.0, "name": "first"}), ended({"objective": 200.0, "name": "second"})
     tally.add(first)
     tally.add(second)
@@ -38,8 +39,8 @@ def test_the_best_are_the_largest_and_of_equals_the_first() -> None:
 def test_the_front_holds_what_no_other_dominates() -> None:
     draw = random.Random(5)
     points = [tuple(float(draw.randrange(20)) for _ in range(3)) for _ in range(500)]
-    tally = Tally(total=502)
-    for point in [*points, (1.0, "F_diverged", 2.0), (1.0, 2.0)]:
+    tally = Tally(total=503)
+    for point in [*points, (1.0, "F_diverged", 2.0), (1.0, "no number", 2.0), (1.0, 2.0)]:
         tally.add(ended(point))
     expected = {
         one
@@ -49,7 +50,7 @@ def test_the_front_holds_what_no_other_dominates() -> None:
     assert {candidate.objectives for candidate in tally.front} == expected
     assert not tally.front_is_partial
     assert not tally.best
-    assert list(tally.reasons) == ["F_diverged"]
+    assert list(tally.reasons) == ["F_diverged", "no number"]
 
 
 def test_the_front_is_bounded() -> None:
@@ -78,3 +79,17 @@ def test_a_job_that_was_stopped_has_failed_only_by_its_own_timeout(
     assert getattr(tally, counted_as) == 1
     assert tally.finished == tally.stopped == 1
     assert list(tally.reasons) == (["F_timeout"] if counted_as == "failed" else [])
+
+
+def test_what_was_taken_from_the_storage_counts_but_took_no_time() -> None:
+    tally = Tally(total=6, job_timeout=5.0)
+    late = ended(error=JobError("timeout", "too long"), cancelled=True)
+    for job in (ended(1.0), ended("F_x"), late):
+        job.restored = True
+        tally.add(job)
+    assert (tally.restored, tally.succeeded, tally.failed, tally.cancelled, tally.stopped) == (3, 1, 2, 0, 0)
+    assert tally.rate == 0.0
+    assert progress_line(tally, None) == "3/6 (50 %), best 1, 2 failed, 3 restored"
+    tally.add(ended(2.0))
+    tally._begin -= 10.0
+    assert progress_line(tally, None) == "4/6 (66 %), best 2, 2 failed, 3 restored, 6/min, 20.0 s left"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import selectors
 import signal
 import socket
@@ -12,24 +11,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any, ClassVar, Final
+from typing import IO, ClassVar, Final
 
 import anyio
 
+from paraval.backends.channel import Channel
 from paraval.memory import MemoryMeter, WatchedProcess
 from paraval.outcome import JobError
 
 __all__ = ["WorkerProcess"]
 
-_READ: Final = 1 << 20
 _REAP_S: Final = 0.3
+_LOOK: Final = os.WEXITED | os.WNOHANG | os.WNOWAIT if hasattr(os, "waitid") else None
 # The working directory, which -c puts first, must not hide the standard library from a worker; ours comes last.
 _BOOTSTRAP: Final = (
     "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from paraval.worker.main import main; main({}, {})"
 )
 
 
-class WorkerProcess:
+class WorkerProcess(Channel):
     """A running worker and the socket to it.
 
     Attributes:
@@ -92,82 +92,18 @@ class WorkerProcess:
         """Of the worker; also its process group."""
         return self._popen.pid
 
-    async def send(self, frame: bytes) -> None:
-        """Send a frame.
-
-        Raises:
-            OSError: the worker is gone.
-        """
-        data = b"".join((len(frame).to_bytes(8, "little"), frame)) if len(frame) < _READ else None
-        if self._unsent_setup is not None:
-            setup, self._unsent_setup = self._unsent_setup, None
-            await self.send(setup)
-        if data is None:
-            await self._write(memoryview(len(frame).to_bytes(8, "little")))
-            data = frame
-        try:
-            sent = self._socket.send(data)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(data):
-            await self._write(memoryview(data)[sent:])
-
-    async def _write(self, view: memoryview) -> None:
-        while view:
-            try:
-                view = view[self._socket.send(view) :]
-            except BlockingIOError:
-                await anyio.wait_writable(self._socket)
-
-    async def receive(self) -> list[tuple[Any, ...]]:
-        """Wait for frames; give those that are there.
-
-        Raises:
-            OSError: the worker is gone.
-        """
-        frames: list[tuple[Any, ...]] = []
-        while not frames:
-            if self._selector is None:
-                await anyio.wait_readable(self._socket)
-            else:
-                await anyio.wait_readable(self._selector)
-                self._drain()
-            try:
-                data = self._socket.recv(_READ)
-            except BlockingIOError:
-                continue
-            if not data:
-                raise ConnectionResetError("the worker closed its socket")
-            self._received += data
-            frames = self._complete_frames()
-        return frames
-
-    def _complete_frames(self) -> list[tuple[Any, ...]]:
-        frames: list[tuple[Any, ...]] = []
-        received = self._received
-        begin = 0
-        while len(received) >= begin + 8:
-            end = begin + 8 + int.from_bytes(received[begin : begin + 8], "little")
-            if len(received) < end:
-                break
-            with memoryview(received) as view:
-                frames.append(pickle.loads(view[begin + 8 : end]))  # noqa: S301 - from our own worker
-            begin = end
-        if begin:
-            del received[:begin]
-        return frames
-
     @property
     def is_gone(self) -> bool:
         """Whether the process has ended (it may not be reaped: its number still stands for its group)."""
-        if self._popen.returncode is not None:
+        popen = self._popen
+        if popen.returncode is not None:
             return True
-        if not hasattr(os, "waitid"):
-            return self._popen.poll() is not None
-        return os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if _LOOK is None:
+            return popen.poll() is not None
+        return os.waitid(os.P_PID, popen.pid, _LOOK) is not None
 
     def notice_the_end(self) -> None:
-        """Have whoever waits in :meth:`receive` notice that the process has ended.
+        """Have whoever waits in :meth:`wait` notice that the process has ended.
 
         The end of its socket tells as a rule; but a process that it forked may hold that open.
         """
@@ -198,12 +134,6 @@ class WorkerProcess:
             if not tail.drain() and self._selector is not None:
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(tail.fileno())
-
-    def _close(self) -> None:
-        if self._selector is not None:
-            self._selector.close()
-            self._selector = None
-        self._socket.close()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the worker and all it started."""

@@ -36,6 +36,11 @@ _MOST_AT_ONCE: Final = 64
 _SMALL: Final = 1 << 14
 """A program of so many bytes goes along with every call; a larger one only to where it is not known."""
 _SUPERVISION_S: Final = 0.5
+_UNKNOWN: Final = 255
+"""The exit code of a process whose own cannot be had any more: multiprocessing's fork server tells it once, and two
+threads asked; or the server has died. (Or the job has ended its process with this very code.)"""
+_EXCUSES: Final = 2
+"""How often a job is run again though it was alone when its process died, as it may not be to blame."""
 _LOOK_S: Final = 0.05
 """How often to look whether a call has begun, where the time of a job is limited."""
 
@@ -45,8 +50,9 @@ class ExecutorEvaluator(Evaluator):
 
     For pools that a program has anyway, and for those of other libraries (``client.get_executor()`` of dask). In a
     ``ThreadPoolExecutor`` run-functions are called as they are; to any other executor they are sent, by value if need
-    be, so that lambdas and closures work. What a job there stores (``job.record()``) arrives with its outcome, and a
-    stopper sees its own job only. An ``async`` run-function runs on an event loop of the worker.
+    be, so that lambdas and closures work. A stopper there sees its own job only. What a job there stores
+    (``job.record()``) is stored at once where every process of this machine can use the storage (SQLite, Redis, shared
+    memory), else with its outcome. An ``async`` run-function runs on an event loop of the worker.
 
     Cancellation is cooperative: ``job.stopped()`` turns true (in other processes: those of this machine), a coroutine
     is cancelled; a job that goes on is given up after ``kill_grace`` seconds, and its slot is not used again until the
@@ -54,8 +60,14 @@ class ExecutorEvaluator(Evaluator):
 
     A pool of processes breaks as a whole when one of them dies. With a factory it is replaced, and the jobs that were
     in it are run again, each in an executor of its own: so only the job fails that is to blame. Without a factory they
-    all fail, and so does every later job. Such a pool should start its processes by ``"spawn"`` or ``"forkserver"``
-    (its ``mp_context``): a fork of a program that has threads, as any with an evaluator, may hang now and then.
+    all fail, and so does every later job. A pool from a factory starts all its processes with its first job.
+
+    How a process died (``exit_code``, ``signal`` and ``pid`` of ``job.error``) is known where the job was alone in a
+    ``ProcessPoolExecutor`` of Python's own, as it is in the end with a factory; of other executors only that the call
+    was lost.
+
+    Such a pool should start its processes by ``"spawn"`` or ``"forkserver"`` (its ``mp_context``): a fork of a program
+    that has threads, as any with an evaluator, may hang now and then.
 
     See :class:`~paraval.Evaluator` for the other arguments; ``num_workers`` is how many calls are in the executor at a
     time, so it should not exceed the executor's own number of workers.
@@ -162,6 +174,7 @@ class ExecutorBackend(Backend):
                 stopper=dumps(spec.stopper, "the stopper"),
                 is_async=is_async(spec.function),
                 retry_on=dumps(spec.retry_on, "retry_on"),
+                storage=dumps(spec.storage, "the storage") if spec.storage.can_travel else None,
                 driver=os.getpid(),
                 origin=spec.origin,
                 kill_grace=spec.kill_grace,
@@ -214,10 +227,11 @@ class LocalSlot(ExecutorSlot):
                 raise
             await self._result(pool, call)
         except RefusedError as exc:
-            self._fail_all(batch, JobError("worker_died", str(exc)))
-        except WorkerDiedError:
-            batch.take_all()  # it never got to them: the executor's own initializer failed, say
-            raise
+            self._fail_all(batch, exc.error)
+        except WorkerDiedError as exc:
+            batch.take_all()  # it never got to them
+            # No job ends a thread: the executor's own initializer failed, and would for each job that came alone.
+            raise WorkerDiedError(exc.error) from exc.__cause__
 
 
 class RemoteSlot(ExecutorSlot):
@@ -233,6 +247,7 @@ class RemoteSlot(ExecutorSlot):
         self._board = Board()
         self._board_is_seen = False
         self._submitted = 0.0
+        self._num_calls = 0
         self._own: Pool | None = None
         self._wants_own = False
         self._known: str | None = None
@@ -243,18 +258,29 @@ class RemoteSlot(ExecutorSlot):
         if not sent:
             return
         suspects = self._shared.suspects
-        self._wants_own = not suspects.isdisjoint(sent)
+        self._wants_own = not suspects.keys().isdisjoint(sent)
         job_ids = list(sent)
         try:
             await self._take(batch, await self._report(batch, jobs))
         except RefusedError as exc:
-            self._fail_all(batch, JobError("worker_died", str(exc)))
+            self._fail_all(batch, exc.error)
         except PicklingFailed as exc:  # static arguments that were changed since the evaluator was made
             self._fail_all(batch, JobError("exception", str(exc), type="PicklingError"))
-        except WorkerDiedError:
-            suspects.update(job_ids)
-            raise
-        suspects.difference_update(job_ids)
+        except WorkerDiedError as exc:
+            is_excused = self._suspect(job_ids, exc.error)
+            raise WorkerDiedError(exc.error, alone=exc.alone and not is_excused) from exc.__cause__
+        for job_id in job_ids:
+            suspects.pop(job_id, None)
+
+    def _suspect(self, job_ids: list[str], error: JobError) -> bool:
+        """Take note of jobs whose process died; tell whether even one that was alone there has another chance."""
+        suspects = self._shared.suspects
+        times = {job_id: suspects.get(job_id, 0) for job_id in job_ids}
+        had_begun = self._board.current is not None or error.pid is None  # without a pid it was no process of ours
+        is_excused = (error.exit_code == _UNKNOWN or not had_begun) and max(times.values()) < _EXCUSES
+        for job_id in job_ids:
+            suspects[job_id] = times[job_id] + is_excused
+        return is_excused
 
     async def recover(self) -> None:
         if self._own is not None:
@@ -289,20 +315,21 @@ class RemoteSlot(ExecutorSlot):
     async def _report(self, batch: Batch, jobs: list[tuple[str, Any]]) -> Report:
         """Have jobs run."""
         token, program = self._backend.program(self._spec)
-        is_small = len(program.function) + len(program.kwargs) + len(program.stopper) <= _SMALL
+        is_small = sum(len(part) for part in program if isinstance(part, bytes)) <= _SMALL
         for along in (program if is_small or self._known != token else None, program):
             report = await self._call(batch, token, along, jobs)
             if report is not None:
                 self._known = token
                 return report
-        raise RefusedError("the executor dropped what it was sent")
+        raise RefusedError(JobError("worker_died", "the executor dropped what it was sent"))
 
     async def _call(
         self, batch: Batch, token: str, program: Program | None, jobs: list[tuple[str, Any]]
     ) -> Report | None:
         self._board.clear()
         self._submitted = time.monotonic()
-        pool, call = await self._submit(run_jobs, token, program, jobs, self._board.path)
+        self._num_calls += 1
+        pool, call = await self._submit(run_jobs, token, program, jobs, self._board.path, self._num_calls)
         try:
             await self._wait(batch, pool, call)
         except BaseException:
@@ -316,7 +343,7 @@ class RemoteSlot(ExecutorSlot):
     async def _wait(self, batch: Batch, pool: Pool, call: Call) -> None:
         """Wait for the end. Where the time of a job is limited, none passes before it has begun."""
         if self._backend.job_timeout is not None:
-            batch.waits_for_worker = True
+            batch.wait_for_worker()
             while not self._has_begun(pool, call):
                 with anyio.move_on_after(_LOOK_S):
                     await call.wait()
@@ -374,6 +401,8 @@ class RemoteSlot(ExecutorSlot):
         for done in report.done:
             await self._hand_in(batch, done, shift)
         batch.leave_out(report.left)
+        # How long the trip takes says nothing about the jobs; a long one is the more reason to send several at once.
+        batch.created = self._spec.clock() - sum(done.finished - done.started for done in report.done)
 
     async def _hand_in(self, batch: Batch, done: Done, shift: float) -> None:
         job = next((job for job in batch.in_hand if job.id == done.job_id), None)

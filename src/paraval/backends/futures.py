@@ -29,8 +29,10 @@ __all__ = ["Call", "ExecutorSlot", "Pool", "RefusedError", "SharedPool", "close_
 _QUICK_S: Final = 0.005
 """After a submit that took longer, the next is made in a thread."""
 _CLOSE_S: Final = 0.4
-_CODES_S: Final = 0.2
-"""How long after a break to wait for the exit code of the process that died."""
+_EXECUTORS: Final = 10
+"""How many executors may refuse a call, as a job of another slot broke each of them, before it is given up."""
+_CODES_S: Final = 2.0
+"""How long after a break to wait, at most, for the exit code of the process that died."""
 _ADVICE: Final = "pass a factory, as in executor=lambda: ProcessPoolExecutor(), to have a broken one replaced"
 
 _forking = threading.Lock()
@@ -66,13 +68,18 @@ class Call:
         alone: no other call of ours was in the executor at any time while this one was.
     """
 
-    def __init__(self, future: Future[Any]) -> None:
-        self.future = future
+    future: Future[Any]
+
+    def __init__(self) -> None:
         self.alone = True
         self._given_up: BaseException | None = None
-        loop = Loop.running()
-        self._ended = loop.event()
-        future.add_done_callback(lambda _future: loop.call_soon(self._ended.set))
+        self._loop = Loop.running()
+        self._ended = self._loop.event()
+
+    def follow(self, future: Future[Any]) -> None:
+        """Take what the executor gave."""
+        self.future = future
+        future.add_done_callback(lambda _future: self._loop.call_soon(self._ended.set))
 
     async def wait(self) -> None:
         """Wait until the call has ended, in whatever way."""
@@ -112,6 +119,7 @@ class Pool:
         self.is_of_processes = isinstance(executor, ProcessPoolExecutor)
         self._executor = executor
         self._is_ours = is_ours
+        self._processes: list[Any] = []
         self._calls: set[Call] = set()
         self._dead: set[int] = set()
         self._killed: set[int] = set()
@@ -119,17 +127,30 @@ class Pool:
 
     async def submit(self, function: Callable[..., Any], *args: Any) -> Call:
         """Submit a call; whatever the executor raises is raised."""
-        if self._is_slow:
-            future = await anyio.to_thread.run_sync(self._submit_slowly, function, args)
-        else:
-            future = self._submit(function, args)
-        call = Call(future)
+        call = Call()
         if self._calls:
             call.alone = False
             for other in self._calls:
                 other.alone = False
         self._calls.add(call)
+        try:
+            if self._is_slow:
+                call.follow(await anyio.to_thread.run_sync(self._submit_slowly, function, args))
+            else:
+                call.follow(self._submit(function, args))
+        except BaseException:
+            self._calls.discard(call)
+            raise
         return call
+
+    def start_all_processes_at_once(self) -> None:
+        """Have all its processes started with the first call, if it is ours, and not with the calls that need them.
+
+        A ``ProcessPoolExecutor`` that starts a process at the moment when it breaks may forget calls, leave the process
+        behind, or hand closed pipes to multiprocessing's fork server, which dies of it and takes other pools along.
+        """
+        if self._is_ours and hasattr(self._executor, "_safe_to_dynamically_spawn_children"):
+            self._executor._safe_to_dynamically_spawn_children = False
 
     def _submit_slowly(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
         # One at a time: of two pools that fork at once, one process may inherit what tells of the other's end.
@@ -151,11 +172,10 @@ class Pool:
             self._kill_processes()
 
     def _kill_processes(self) -> None:
-        for process in self._processes():
-            with contextlib.suppress(Exception):  # it has not begun
-                if not _is_dead(process):
-                    self._killed.add(process.pid)
-                    process.kill()
+        for process in self._look_up_processes():
+            if not _is_dead(process):
+                self._killed.add(process.pid)
+                process.kill()
 
     def forget(self, call: Call) -> None:
         """Take note that a call has ended."""
@@ -166,49 +186,42 @@ class Pool:
 
         The executor notices as a rule. Not so where a fork has inherited what would tell it.
         """
-        dead = {process.pid for process in self._processes() if _is_dead(process)}
+        dead = {process.pid for process in self._look_up_processes() if _is_dead(process)}
         if self._dead & dead:  # since the last look, and the calls are there still
             for call in self._calls:
                 call.give_up(BrokenExecutor("a process of the executor has ended"))
         self._dead = dead
 
     async def cause_of_death(self) -> JobError | None:
-        """Say how a process of a broken executor died, where that can be seen."""
+        """Say how a process of a broken executor died, where that can be known."""
         give_up = time.monotonic() + _CODES_S
-        # When one process dies, a pool of Python's ends the others by SIGTERM.
-        while (codes := self._exit_codes()) is not None and all(code == -Signals.SIGTERM for code in codes):
-            if time.monotonic() > give_up:
+        processes = [process for process in self._look_up_processes() if process.pid not in self._killed]
+        while True:
+            ended = [process for process in processes if _returncode(process) is not None]
+            # When one process dies, the executor ends the others by SIGTERM.
+            guilty = next((process for process in ended if _returncode(process) != -Signals.SIGTERM), None)
+            if guilty is not None or len(ended) == len(processes):
+                break
+            if time.monotonic() > give_up:  # the executor does not know of it: it cannot mind any more
+                guilty = next((process for process in processes if _is_dead(process)), None)
                 break
             await anyio.sleep(0.01)
-        code = min(codes or [], key=lambda code: code == -Signals.SIGTERM, default=None)
-        if code is None:
-            return None
-        if code >= 0:
-            message = f"a process of the executor ended with exit code {code} while it ran the job"
-            return JobError("worker_died", message, exit_code=code)
-        try:
-            name = Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        return JobError(
-            "worker_died", f"a process of the executor was killed by {name} while it ran the job", signal=-code
-        )
+        guilty = guilty or next(iter(ended), None)
+        return None if guilty is None else _how_it_died(guilty)
 
-    def _exit_codes(self) -> list[int] | None:
-        processes = self._processes()
-        codes = [_returncode(process) for process in processes if process.pid not in self._killed]
-        return [code for code in codes if code is not None] if processes else None
-
-    def _processes(self) -> list[Any]:
-        """Give its processes, where it is one of Python's own."""
-        processes = getattr(self._executor, "_processes", None)
-        return list(processes.values()) if isinstance(processes, dict) else []
+    def _look_up_processes(self) -> list[Any]:
+        """Give its processes, where it is one of Python's own; those that it had, if it was shut down."""
+        processes = getattr(self._executor, "_processes", None) if self.is_of_processes else None
+        if processes is not None:
+            self._processes = list(processes.values())
+        return self._processes
 
     async def close(self) -> None:
         """Shut it down, if it is ours, within a fraction of a second. Processes that may run a call are killed."""
         if not self._is_ours:
             return
         self._is_ours = False
+        self._look_up_processes()
         if self._calls or self.failure is not None:
             self._kill_processes()
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_S):
@@ -226,24 +239,43 @@ class Pool:
 
 
 def _returncode(process: Any) -> int | None:
-    code: int | None = getattr(getattr(process, "_popen", None), "returncode", None)
+    code: int | None = process._popen.returncode
     return code
 
 
 def _is_dead(process: Any) -> bool:
     if _returncode(process) is not None:
         return True
-    pid = getattr(process, "pid", None)
-    if pid is None:  # it has not begun
-        return False
+    if hasattr(os, "waitid"):
+        with contextlib.suppress(ChildProcessError):  # it is the fork server's child, not ours
+            return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:  # the fork server's child, not ours
+        os.kill(process.pid, 0)
+    except OSError:  # there is none, or it is somebody else's by now
+        return True
+    return False
+
+
+def _how_it_died(process: Any) -> JobError:
+    code: int | None = process.exitcode
+    number = -code if code is not None and code < 0 else None
+    if code is None:
+        how = "ended"
+    elif number is None:
+        how = f"ended with exit code {code}"
+    else:
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
+            how = f"was killed by {Signals(number).name}"
+        except ValueError:
+            how = f"was killed by signal {number}"
+    return JobError(
+        "worker_died",
+        f"a process of the executor {how} while it ran the job",
+        exit_code=code if number is None else None,
+        signal=number,
+        host=os.uname().nodename,
+        pid=process.pid,
+    )
 
 
 class SharedPool:
@@ -254,13 +286,14 @@ class SharedPool:
         replaces: whether another can be had when one is broken.
 
     Attributes:
-        suspects: ids of jobs that were in a pool when it broke and have not been run to their end since.
+        suspects: ids of jobs that were in a pool when it broke, and have not been run to their end since; and how often
+            each was excused when it was alone there.
         pools: every pool that is in use.
     """
 
     def __init__(self, make: Callable[[], Pool], *, replaces: bool) -> None:
         self.replaces = replaces
-        self.suspects: set[str] = set()
+        self.suspects: dict[str, int] = {}
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
         self._loop = Loop.running()
         self._make = make
@@ -292,6 +325,7 @@ class SharedPool:
                 await broken.close()
             if self._pool is None:
                 self._pool = await self.new()
+                self._pool.start_all_processes_at_once()
             return self._pool
 
     async def new(self) -> Pool:
@@ -302,7 +336,15 @@ class SharedPool:
 
 
 class RefusedError(Exception):
-    """There is no executor that takes the call."""
+    """There is no executor that takes the call.
+
+    Attributes:
+        error: why, as the error of the jobs that it would have run.
+    """
+
+    def __init__(self, error: JobError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 class ExecutorSlot(Slot):
@@ -336,11 +378,11 @@ class ExecutorSlot(Slot):
             RefusedError: there is none that takes it.
         """
         failure: BaseException | None = None
-        for _ in range(2 if self._shared.replaces else 1):
+        for _ in range(_EXECUTORS if self._shared.replaces else 1):
             try:
                 pool = await self._pool()
             except ParavalError as exc:
-                raise RefusedError(str(exc)) from exc
+                raise RefusedError(JobError("worker_died", str(exc))) from exc
             failure = pool.failure
             if failure is None:
                 try:
@@ -350,7 +392,7 @@ class ExecutorSlot(Slot):
                     if self._shared.replaces or isinstance(exc, BrokenExecutor):
                         pool.fail(exc)
         reason = f"the executor takes no job ({type(failure).__name__}: {failure})"
-        raise RefusedError(reason if self._shared.replaces else f"{reason}: {_ADVICE}") from failure
+        raise RefusedError(self._advised(JobError("worker_died", reason))) from failure
 
     async def _result(self, pool: Pool, call: Call) -> Any:
         """Give what an ended call returned.
@@ -366,13 +408,17 @@ class ExecutorSlot(Slot):
         if not isinstance(failure, BrokenExecutor):
             error = JobError("worker_died", f"the executor lost the job: {type(failure).__name__}: {failure}")
             raise WorkerDiedError(error) from failure
+        pool.failure = failure  # at once, so that nobody else enters while this one waits
         error = JobError("worker_died", f"the executor broke while it had the job: {failure}")
         if call.alone:
             error = await pool.cause_of_death() or error
         pool.fail(failure)
         if not self._shared.replaces:
-            raise RefusedError(f"{error.message}: {_ADVICE}") from failure
+            raise RefusedError(self._advised(error)) from failure
         raise WorkerDiedError(error, alone=call.alone) from failure
+
+    def _advised(self, error: JobError) -> JobError:
+        return error if self._shared.replaces else error._replace(message=f"{error.message}: {_ADVICE}")
 
     def _fail_all(self, batch: Batch, error: JobError) -> None:
         """Settle all jobs of a batch that are left."""

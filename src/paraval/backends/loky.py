@@ -39,7 +39,7 @@ class LokyWorker(WorkerProcess):
     and jobs can do all that they can in the process evaluator. Start and end of the process are loky's.
     """
 
-    _popen: _LokyProcess  # type: ignore[assignment] # has what is used of a Popen: pid, poll, returncode
+    _popen: Any  # a _LokyProcess, which has what is used of a Popen: pid, poll, returncode, wait
 
     def __init__(self, setup: bytes, capture: int | None) -> None:
         # Not the base's __init__, which would start a process of its own.

@@ -8,15 +8,17 @@ import operator
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, ClassVar, Final
 
 import anyio
-import anyio.to_thread
+from anyio.abc import TaskGroup
 
 from paraval import WORKING_FOLDER, checks
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError
+from paraval.backends.channel import Frame
 from paraval.backends.child import WorkerProcess
+from paraval.backends.storage_call import StorageCall
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
@@ -39,33 +41,38 @@ class ProcessSlot(Slot):
         self._spec = spec
         self._backend = backend
         self._process: WorkerProcess | None = None
+        self._call: StorageCall | None = None
+        self._cannot_be_set_up = False
 
     async def run(self, batch: Batch) -> None:
         while batch.waiting:
             try:
-                process = await self._worker(batch)
+                process = self._process
+                if process is None or not self._can_go_on(process):
+                    await self._let_go()
+                    process = self._start_worker()
+                    batch.wait_for_worker()
             except PicklingFailed as exc:  # static arguments that were changed since the evaluator was made
                 self._fail(batch, batch.take_all(), JobError("exception", str(exc), type="PicklingError"))
                 return
-            await self._run_on(process, batch, batch.take_all(self._backend.jobs_left(process)))
+            await self._run_on(process, batch)
 
-    async def _worker(self, batch: Batch) -> WorkerProcess:
-        """Give the worker, or a new one in the place of one that can take no more jobs."""
-        setup, limit = self._backend.setup(self._spec), self._backend.memory_limit
-        process = self._process
+    def _can_go_on(self, process: WorkerProcess) -> bool:
+        """Whether the worker is there and can take the next jobs."""
         # One that died while it had nothing to do is replaced in silence: no job is to blame.
-        if process is not None and (process.is_gone or process.setup is not setup):
-            await self._let_go()
-            process = None
-        if process is not None and limit is not None and process.look_at_memory() > limit.bytes:
-            await self._let_go()  # earlier jobs have filled it
-            process = None
-        if process is None:
-            process = self._process = self._backend.start_worker(setup)
-            batch.waits_for_worker = True
+        if process.setup is not self._backend.setup(self._spec) or process.is_broken or process.is_gone:
+            return False
+        limit = self._backend.memory_limit
+        return limit is None or process.look_at_memory() <= limit.bytes  # else earlier jobs have filled it
+
+    def _start_worker(self) -> WorkerProcess:
+        process = self._process = self._backend.start_worker(self._backend.setup(self._spec))
+        self._call = None  # one that is under way was of a worker that is gone
+        self._cannot_be_set_up = False
         return process
 
-    async def _run_on(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
+    async def _run_on(self, process: WorkerProcess, batch: Batch) -> None:
+        sent = batch.take_all(self._backend.jobs_left(process))
         count = len(sent)
         frame = self._encode(batch, sent)
         process.output()  # what was printed between jobs belongs to none
@@ -75,8 +82,7 @@ class ProcessSlot(Slot):
                 if self._backend.memory_limit is not None:
                     process.watch_memory(self._backend.memory_limit.bytes)
             while sent:
-                for reply in await process.receive():
-                    await self._take(process, batch, sent, reply)
+                await self._receive(process, batch, sent)
                 if sent:
                     batch.report()
             process.memory = None
@@ -93,7 +99,7 @@ class ProcessSlot(Slot):
                 await self._stop(process, batch, sent)
             raise
         process.jobs_done += count
-        if self._backend.jobs_left(process) == 0:
+        if self._backend.jobs_left(process) == 0 or self._cannot_be_set_up:
             await self._let_go()
 
     def _settle_excess(
@@ -114,6 +120,11 @@ class ProcessSlot(Slot):
             job.metadata["memory"] = size
             batch.finish_sent(job, limit.outcome(size, started, now, error.pid), started, now)
         return True
+
+    async def recover(self) -> None:
+        """Wait for the call that a killed job was in the middle of, so that no more than one is under way."""
+        if self._call is not None:
+            await self._call.end()
 
     async def close(self) -> None:
         await self._let_go()
@@ -156,7 +167,17 @@ class ProcessSlot(Slot):
         for job in list(jobs.values()):
             batch.finish_sent(job, Outcome(error=error), now, now)
 
-    async def _take(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: tuple[Any, ...]) -> None:
+    async def _receive(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
+        """Wait for what the worker has to say; reply when it calls the storage."""
+        if self._call is None:
+            for frame in await process.receive():
+                self._take(process, batch, sent, frame)
+        if self._call is not None:
+            reply = await self._call.reply()
+            self._call = None
+            await process.send(reply)
+
+    def _take(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: Frame) -> None:
         match frame[0]:
             case "done":
                 for job_id, started, finished, error, value in frame[1]:
@@ -164,44 +185,32 @@ class ProcessSlot(Slot):
                     if job is not None:
                         self._attach_output(process, (job,))
                         batch.finish_sent(job, _outcome(error, value), started, finished)
+            case "back":
+                job_ids, current, started = frame[1:]
+                if current in sent or not sent.keys().isdisjoint(job_ids):  # else it is late, and means jobs before
+                    batch.give_back(job_ids, current, started)
+            case "call":
+                self._call = StorageCall(self._spec.storage, self._backend.start_soon, *frame[1:])
             case "ready":
                 process.base = frame[1]
                 batch.worker_is_ready()
-            case "back":
-                batch.give_back(*frame[1:])
-            case "call":
-                await process.send(await self._answer(frame[1], frame[2]))
             case "broken":
+                self._cannot_be_set_up = True
                 error = JobError(*frame[1])
                 self._fail(batch, sent, error._replace(message=f"the worker could not be set up: {error.message}"))
-                await self._let_go()
-
-    async def _answer(self, method: str, sealed: bytes) -> bytes:
-        """Call the storage for a job."""
-        storage = self._spec.storage
-        function = getattr(storage, method)
-        try:
-            args = pickle.loads(sealed)  # noqa: S301 - from our own worker
-            # A memory store answers at once; another may wait for a disk or a network.
-            value = function(*args) if storage.by_reference else await anyio.to_thread.run_sync(function, *args)
-            if method == "insert":
-                value = [record.id for record in args[1]]
-            reply: tuple[Any, ...] = ("reply", None, dumps(value, f"the result of {method}"))
-        except (Exception, SystemExit) as exc:  # noqa: BLE001 - it is raised again in the job
-            reply = ("reply", _sendable(exc), None)
-        return pickle.dumps(reply, 5)
 
     async def _stop(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Ask the worker to stop, and kill it: at the latest after the grace."""
         if batch.hurry:  # the job to stop is not known to be the one that runs: asking could hit another
             await process.kill()
             return
-        process.signal(signal.SIGTERM)
-        with contextlib.suppress(OSError), anyio.move_on_after(self._spec.kill_grace):
-            while sent:
-                for reply in await process.receive():
-                    await self._take(process, batch, sent, reply)
-        await process.kill()
+        try:
+            process.signal(signal.SIGTERM)
+            with contextlib.suppress(Exception), anyio.move_on_after(self._spec.kill_grace):
+                while sent:
+                    await self._receive(process, batch, sent)
+        finally:
+            await process.kill()
         self._attach_output(process, sent.values())
 
 
@@ -216,16 +225,6 @@ def _outcome(error: tuple[Any, ...] | None, value: Any) -> Outcome:
             message = f"the result cannot be unpickled: {type(exc).__name__}: {exc}"
             return Outcome(error=JobError("exception", message, type="UnpicklingError"))
     return Outcome(value)
-
-
-def _sendable(exc: BaseException) -> bytes:
-    """Pickle an exception; one that would not arrive as it is goes as its type and text."""
-    try:
-        data = pickle.dumps(exc, 5)
-        pickle.loads(data)  # noqa: S301 - it was made in the line above
-    except Exception:  # noqa: BLE001 - its __init__ takes other arguments, say
-        data = pickle.dumps(RuntimeError(f"{type(exc).__name__}: {exc}"), 5)
-    return data
 
 
 class ProcessBackend(Backend):
@@ -244,6 +243,7 @@ class ProcessBackend(Backend):
     ) -> None:
         self.memory_limit = memory_limit
         self.workers: set[WorkerProcess] = set()
+        self._group: TaskGroup | None = None
         self.max_jobs_per_worker = max_jobs_per_worker
         self._capture = capture
         self.batch_limit = None if capture is None else 1  # whose output is it, else?
@@ -271,6 +271,7 @@ class ProcessBackend(Backend):
 
     async def supervise(self) -> None:
         async with anyio.create_task_group() as group:
+            self._group = group
             if self.memory_limit is not None:
                 group.start_soon(supervise, self._watched, self.memory_limit.interval)
             while True:
@@ -279,13 +280,19 @@ class ProcessBackend(Backend):
                     if worker.is_gone:
                         worker.notice_the_end()
 
+    def start_soon(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Start a task that may outlast what a slot does, and ends with the engine."""
+        if self._group is None:
+            raise RuntimeError("the backend is not supervised")
+        self._group.start_soon(function)
+
     def _watched(self) -> list[WatchedProcess]:
         return [worker.memory for worker in self.workers if worker.memory is not None]
 
     def setup(self, spec: RunSpec) -> bytes:
         """Give the first frame for a worker: the same object for as long as nothing in it has changed."""
         # By identity: arrays have no plain equality, and what is changed in place would have to be pickled to be seen.
-        now = [spec.stopper, *spec.kwargs, *spec.kwargs.values()]
+        now = [spec.stopper, *spec.kwargs, *spec.kwargs.values()] if spec.kwargs else [spec.stopper]
         same = len(now) == len(self._setup_of) and all(map(operator.is_, now, self._setup_of))
         if self._setup is None or not same:
             made = self._make_setup(spec)

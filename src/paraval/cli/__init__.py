@@ -1,4 +1,4 @@
-"""The command line: ``paraval run`` and ``paraval backends``. It needs the extra ``cli``."""
+"""The command line, ``paraval``. It needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -20,5 +20,6 @@ def main() -> int:
         from paraval.cli.app import run_command_line
 
         return run_command_line()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # while it was starting
+        sys.stderr.write("paraval: interrupted\n")
         return 130

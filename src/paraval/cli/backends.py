@@ -28,13 +28,14 @@ def print_backends() -> None:
         if method.missing is None:
             stopping = STOPPING.get(method.cancellation, method.cancellation)
             abilities = (method.parallel, stopping, _yes(method.closures), "several" if method.several_hosts else "one")
-            table.add_row(method.name, "yes", *abilities)
+            table.add_row(method.name, "yes" if method.argument is None else "in programs", *abilities)
         else:
             table.add_row(method.name, f"no: {method.missing}", "?", "?", "?", "?")
     print_table(console, "Methods", table)
     for method in known.values():
         if method.summary:
-            console.print(f"{method.name}: {method.summary.replace('``', '')}")
+            needs = "" if method.argument is None else f" Not for 'paraval run': it needs {method.argument}=…"
+            console.print(f"{method.name}: {method.summary.replace('``', '')}{needs}")
 
 
 def _yes(value: bool) -> str:

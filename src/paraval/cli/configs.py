@@ -38,6 +38,8 @@ def read_configs(file: str) -> Configs:
             why.
     """
     name = "<stdin>" if file == "-" else file
+    if file == "-" and sys.stdin is None:
+        raise BadValueError("cannot read <stdin>: it is closed")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except FileNotFoundError:

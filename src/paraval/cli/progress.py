@@ -92,7 +92,9 @@ def progress_line(tally: Tally, time_left: float | None, *, last: bool = False) 
     parts.append(f"{tally.failed} failed")
     if tally.cancelled:
         parts.append(f"{tally.cancelled} cancelled")
-    if tally.finished:
+    if tally.restored:
+        parts.append(f"{tally.restored} restored")
+    if tally.rate:
         parts.append(_rate(tally.rate))
     left = _time_left(tally, time_left)
     if last:
@@ -208,6 +210,6 @@ def _three_digits(value: float) -> str:
 
 def _time_left(tally: Tally, budget: float | None) -> float | None:
     """What the rest will take at the present rate, or what is left of the budget, if that is less."""
-    guess = tally.unfinished / tally.rate if tally.finished else None
+    guess = tally.unfinished / tally.rate if tally.rate else None
     known = [seconds for seconds in (guess, budget) if seconds is not None]
     return max(min(known), 0.0) if known else None

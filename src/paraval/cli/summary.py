@@ -29,6 +29,7 @@ def print_summary(
     num_workers: int,
     wall_time: float,
     utilisation: float | None,
+    storage: str | None,
     ending: str | None,
     results: str,
 ) -> None:
@@ -40,6 +41,7 @@ def print_summary(
         num_workers: how many at a time.
         wall_time: seconds from the first submit to the end.
         utilisation: share of the workers' time in which they ran jobs, from 0 to 1; None when it is not known.
+        storage: the storage and the search in it, where the sweep has one that was named.
         ending: why the sweep ended early, None when it did not.
         results: where the results are.
     """
@@ -47,7 +49,7 @@ def print_summary(
     totals = make_table(console, header=False)
     totals.add_column()
     totals.add_column()
-    for label, text in _totals(tally, method, num_workers, wall_time, utilisation, ending):
+    for label, text in _totals(tally, method, num_workers, wall_time, utilisation, storage, ending):
         totals.add_row(label, text)
     print_table(console, "Sweep", totals)
     if tally.reasons:
@@ -100,6 +102,7 @@ def _totals(
     num_workers: int,
     wall_time: float,
     utilisation: float | None,
+    storage: str | None,
     ending: str | None,
 ) -> list[tuple[str, str]]:
     rows = [
@@ -113,6 +116,9 @@ def _totals(
     if utilisation is not None:
         rows.append(("utilisation", f"{100 * utilisation:.0f} %"))
     rows.append(("method", f"{method}, {num_workers} worker{'s' if num_workers != 1 else ''}"))
+    if storage is not None:
+        rows.append(("storage", storage))
+        rows.append(("restored from it", str(tally.restored)))
     if ending is not None:
         rows.append(("ended early", ending))
     return rows

@@ -49,7 +49,15 @@ class Ending(NamedTuple):
     closed: bool
 
 
-def run_sweep(evaluator: Evaluator, configs: Configs, log: CSVLog, tally: Tally, progress: Progress) -> Ending:
+def run_sweep(
+    evaluator: Evaluator,
+    configs: Configs,
+    log: CSVLog,
+    tally: Tally,
+    progress: Progress,
+    *,
+    on_signal: Callable[[], object],
+) -> Ending:
     """Evaluate all configurations, and close the evaluator.
 
     Args:
@@ -59,8 +67,9 @@ def run_sweep(evaluator: Evaluator, configs: Configs, log: CSVLog, tally: Tally,
             kept are not worth computing; what is missing is tried once more at the end.
         tally: counts every job that has ended.
         progress: shows it.
+        on_signal: called, by the handler, when a signal says that the sweep is to end.
     """
-    return _Sweep(evaluator, log, tally, progress).run(configs)
+    return _Sweep(evaluator, log, tally, progress, on_signal).run(configs)
 
 
 class _Gathered(NamedTuple):
@@ -80,11 +89,14 @@ _Event = list[Job] | signal.Signals | _Gathered | _Closed
 
 
 class _Sweep:
-    def __init__(self, evaluator: Evaluator, log: CSVLog, tally: Tally, progress: Progress) -> None:
+    def __init__(
+        self, evaluator: Evaluator, log: CSVLog, tally: Tally, progress: Progress, on_signal: Callable[[], object]
+    ) -> None:
         self._evaluator = evaluator
         self._log = log
         self._tally = tally
         self._progress = progress
+        self._on_signal = on_signal
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._unwritten: list[Job] = []
         self._signal: signal.Signals | None = None
@@ -96,8 +108,7 @@ class _Sweep:
 
     def run(self, configs: Configs) -> Ending:
         with self._signals():
-            # Submitted here, not by the gathering thread: a submit after close() would open the evaluator again.
-            self._evaluator.submit(configs)
+            self._submit(configs)
             _in_background("paraval-gather", self._gather)
             while not self._all_gathered and not self._stopping:
                 self._take_events()
@@ -112,6 +123,14 @@ class _Sweep:
             self._save_the_rest()
             self._progress.finish(self._tally, self._evaluator.time_left)
         return Ending(wall_time, utilisation, self._signal, self._write_error or self._error, self._closed)
+
+    def _submit(self, configs: Configs) -> None:
+        # Not in the gathering thread: a submit after close() would open the evaluator again.
+        try:
+            self._evaluator.submit(configs)
+        except ParavalError as exc:  # of the storage
+            self._error = str(exc)
+            self._stop()
 
     @property
     def _stopping(self) -> bool:
@@ -174,7 +193,7 @@ class _Sweep:
     def _record(self, jobs: list[Job]) -> None:
         for job in jobs:
             # What never ran has no result: it gets no row, and the summary counts it as not started.
-            if job.timing.started is not None:
+            if job.timing.started is not None or job.restored:
                 self._unwritten.append(job)
                 self._tally.add(cast("HPOJob", job))  # the evaluator was made with this class of jobs
 
@@ -208,6 +227,7 @@ class _Sweep:
                 self._progress.restore_terminal()
                 os._exit(128 + number)  # nothing less is "at once": run-functions and exit handlers could hold it up
             seen.append(number)
+            self._on_signal()
             self._events.put(signal.Signals(number))  # SimpleQueue.put may be called from a signal handler
 
         # Also where they came ignored, as to a process in a script's background: there, too, they are meant.

@@ -48,6 +48,7 @@ class Tally:
         failed: jobs without.
         cancelled: jobs that were stopped while they ran, other than by their own timeout.
         stopped: jobs that were stopped while they ran, for whatever reason.
+        restored: jobs among all these that were taken from the storage, as they had ended there.
         stopping: whether the sweep is being ended early; set by whoever ends it.
         reasons: the failures, by what their objective says (``"F_ValueError"``).
         best: the best five, best first; empty when there are several objectives.
@@ -60,6 +61,7 @@ class Tally:
         self.failed = 0
         self.cancelled = 0
         self.stopped = 0
+        self.restored = 0
         self.stopping = False
         self.reasons: dict[str, Reason] = {}
         self.best: list[Candidate] = []
@@ -85,12 +87,14 @@ class Tally:
 
     @property
     def rate(self) -> float:
-        """Jobs per second, on average since the sweep began."""
-        return self.finished / max(self.elapsed, 1e-9)
+        """Jobs per second, on average since the sweep began; those taken from the storage took no time."""
+        return (self.finished - self.restored) / max(self.elapsed, 1e-9)
 
     def add(self, job: HPOJob) -> None:
         """Count a job that has ended."""
-        if job.status is JobStatus.CANCELLED:
+        if job.restored:
+            self.restored += 1
+        elif job.status is JobStatus.CANCELLED:
             self.stopped += 1
         if self._was_cancelled(job):
             self.cancelled += 1
@@ -109,6 +113,8 @@ class Tally:
     def _was_cancelled(self, job: HPOJob) -> bool:
         if job.status is not JobStatus.CANCELLED:
             return False
+        if job.restored:
+            return False  # a search is gone on with, so what the end of a sweep had cancelled is not taken as it was
         # Both budgets say "timeout": the job's own, which is its failure, and the one of the sweep.
         ran = job.timing.ran
         own = job.error is not None and job.error.kind == "timeout" and self._job_timeout is not None
@@ -140,8 +146,8 @@ def _reason(job: HPOJob) -> str:
         return job.error.reason
     objective = job.objective
     if isinstance(objective, tuple | list):
-        return next(str(item) for item in objective if is_failure(item) or isinstance(item, str))
-    return str(objective)
+        objective = next(item for item in objective if is_failure(item))
+    return str(objective) or "''"
 
 
 def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

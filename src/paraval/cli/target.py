@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from paraval.errors import BadValueError
 
-__all__ = ["check_call", "load_target"]
+__all__ = ["check_call", "file_of", "load_target"]
 
 RunFunction = Callable[..., Any]
 
@@ -60,6 +60,13 @@ def check_call(target: str, run_function: RunFunction, kwargs: Mapping[str, Any]
             f"TARGET '{target}' cannot be called as {name}({call}): {exc} "
             f"(its signature is {name}{signature}; --set KEY=VALUE gives further arguments)"
         ) from None
+
+
+def file_of(run_function: RunFunction) -> str | None:
+    """Name the file that a run-function was imported from; None where that is not known."""
+    module = sys.modules.get(str(getattr(run_function, "__module__", None)))
+    file = getattr(module, "__file__", None)
+    return file if isinstance(file, str) else None
 
 
 def _is_path(place: str) -> bool:

@@ -137,6 +137,15 @@ class Storage(abc.ABC):
         """Whether the store can be used."""
         return True
 
+    def close(self) -> None:  # noqa: B027 - a store that holds neither has nothing to implement
+        """Let go of files and connections, where there are any. What is asked next takes them up again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     # -- the named methods ---------------------------------------------------------------------------------------------
 
     def create_new_search(self) -> str:

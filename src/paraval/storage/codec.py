@@ -7,23 +7,35 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from operator import attrgetter
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from msgspec.msgpack import Ext
 
 from paraval.errors import CorruptStoreError
 from paraval.outcome import JobError
 from paraval.storage.base import UnstorableError
-from paraval.storage.records import JobRecord
+from paraval.storage.records import JobChange, JobRecord
 
-__all__ = ["decode", "decode_error", "decode_record", "encode", "encode_error", "encode_record", "key_of"]
+__all__ = [
+    "decode",
+    "decode_change",
+    "decode_error",
+    "decode_record",
+    "encode",
+    "encode_change",
+    "encode_error",
+    "encode_record",
+    "key_of",
+]
 
 _BIG_INT, _ODD_TEXT, _DATETIME, _ODD_DICT = 1, 2, 3, 4
 _RECORD_VERSION: Final = b"\x01"
@@ -54,12 +66,12 @@ def encode(value: Any, what: str) -> bytes:
     try:
         if _is_plain(value):
             return _encoder.encode(value)
-    except (OverflowError, UnicodeEncodeError):
-        pass  # an int of more than 64 bits, or half a character: they are written as extension types
+    except (OverflowError, UnicodeEncodeError, TypeError):
+        pass  # an int of more than 64 bits or half a character, which are written as extension types; or UNSET
     return _encoder.encode(_Plain(what).of(value))
 
 
-def decode(data: bytes | bytearray | memoryview) -> Any:
+def decode(data: bytes | bytearray) -> Any:
     """Read what :func:`encode` wrote.
 
     Raises:
@@ -77,24 +89,16 @@ def encode_record(record: JobRecord) -> bytes:
     stored = _StoredRecord(*msgspec.structs.astuple(record))
     if record.error is not None:
         stored.error = encode_error(record.error)
-    try:
-        if _is_plain([getattr(stored, name) for name in _PARTS]):
-            return _RECORD_VERSION + _encoder.encode(stored)
-    except (OverflowError, UnicodeEncodeError):
-        pass  # as above
-    for name, what in _PARTS.items():
-        setattr(stored, name, _Plain(what).of(getattr(stored, name)))
-    return _RECORD_VERSION + _encoder.encode(stored)
+    return _RECORD_VERSION + _encode_struct(stored, _RECORD_PARTS)
 
 
-def decode_record(data: bytes | bytearray | memoryview) -> JobRecord:
+def decode_record(data: bytes | bytearray) -> JobRecord:
     """Read what :func:`encode_record` wrote; fields that a later release has added are left out.
 
     Raises:
         CorruptStoreError: it wrote nothing like this, or a later release wrote it in another form.
     """
-    data = memoryview(data)
-    if bytes(data[:1]) != _RECORD_VERSION:
+    if data[:1] != _RECORD_VERSION:
         raise CorruptStoreError(
             f"a record begins with {bytes(data[:8])!r}, and not with {_RECORD_VERSION!r} as this release of paraval "
             "writes it: it is damaged, or a later release wrote it, which can then read it"
@@ -106,6 +110,40 @@ def decode_record(data: bytes | bytearray | memoryview) -> JobRecord:
     if stored.error is not None:
         record.error = decode_error(stored.error)
     return record
+
+
+def encode_change(change: JobChange) -> bytes:
+    """Write what a change sets as bytes: all of it but ``id`` and ``by``, which say where and on what condition.
+
+    Raises:
+        UnstorableError: there is something in it that cannot be kept; the message gives the way to it.
+    """
+    stored = _StoredChange(
+        change.status,
+        change.args,
+        change.kwargs,
+        change.out,
+        encode_error(change.error) if isinstance(change.error, JobError) else change.error,
+        change.metadata,
+        change.intermediate,
+        change.extra,
+    )
+    return _encode_struct(stored, _CHANGE_PARTS)
+
+
+def decode_change(data: bytes | bytearray) -> JobChange:
+    """Read what :func:`encode_change` wrote; fields that a later release has added are left out.
+
+    Raises:
+        CorruptStoreError: it wrote nothing like this.
+    """
+    stored = _decoded(_change_decoder, data)
+    change = JobChange("", *msgspec.structs.astuple(stored))
+    if change.args is not UNSET and change.args is not None:
+        change.args = tuple(change.args)
+    if stored.error is not UNSET and stored.error is not None:
+        change.error = decode_error(stored.error)
+    return change
 
 
 def encode_error(error: JobError) -> dict[str, Any]:
@@ -170,38 +208,86 @@ class _StoredRecord(msgspec.Struct, omit_defaults=True, gc=False):
     revision: int = 0
 
 
-_PARTS: Final = {
-    "args": "argument",
-    "kwargs": "keyword argument",
-    "out": "output",
-    "error": "error",
-    "metadata": "metadata",
-    "budgets": "budget",
-    "objectives": "intermediate objective",
-    "function": "name of the run-function",
-    "owner": "owner",
-    "extra": "extra value",
-}
+class _StoredChange(msgspec.Struct, omit_defaults=True, gc=False):
+    """The form of a :class:`JobChange` at rest: the same fields in the same order, with looser types."""
 
-_SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes})
-_holds_scalars_only: Final = _SCALARS.issuperset
+    status: int | UnsetType = UNSET
+    args: Any = UNSET
+    kwargs: Any = UNSET
+    out: Any = UNSET
+    error: Any = UNSET
+    metadata: Any = None
+    intermediate: Any = None
+    extra: Any = None
+
+
+class _Parts:
+    """The fields of a struct that may hold anything, and what they are called in a message."""
+
+    def __init__(self, called: Mapping[str, str]) -> None:
+        self.called = called
+        self.of: Callable[[msgspec.Struct], tuple[Any, ...]] = attrgetter(*called)
+
+
+_CHANGE_PARTS: Final = _Parts(
+    {
+        "args": "argument",
+        "kwargs": "keyword argument",
+        "out": "output",
+        "error": "error",
+        "metadata": "metadata",
+        "intermediate": "intermediate result",
+        "extra": "extra value",
+    }
+)
+_RECORD_PARTS: Final = _Parts(
+    {
+        "args": "argument",
+        "kwargs": "keyword argument",
+        "out": "output",
+        "error": "error",
+        "metadata": "metadata",
+        "budgets": "budget",
+        "objectives": "intermediate objective",
+        "function": "name of the run-function",
+        "owner": "owner",
+        "extra": "extra value",
+    }
+)
+
+
+def _encode_struct(stored: msgspec.Struct, parts: _Parts) -> bytes:
+    """Write a struct some of whose fields may hold anything."""
+    try:
+        if _is_plain(parts.of(stored)):
+            return _encoder.encode(stored)
+    except (OverflowError, UnicodeEncodeError, TypeError):
+        pass  # as above; and UNSET is plain as a field of the struct, but not deeper
+    for name, what in parts.called.items():
+        if (value := getattr(stored, name)) is not UNSET:
+            setattr(stored, name, _Plain(what).of(value))
+    return _encoder.encode(stored)
+
+
+_SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes, UnsetType})
 
 
 def _is_plain(value: Any, depth: int = _MAX_DEPTH) -> bool:
     """Whether a value is made of what MessagePack knows, with scalars as keys. It is asked for every value."""
     kind = type(value)
-    if kind in _SCALARS:
-        return True
     if kind is dict:
-        if not _holds_scalars_only(map(type, value)):
-            return False
-        value = value.values()
-    elif kind is not list and kind is not tuple:
-        return False
-    for item in value:  # noqa: SIM110 - a generator would cost twice as much
-        if type(item) not in _SCALARS and (not depth or not _is_plain(item, depth - 1)):
-            return False
-    return True
+        for key, item in value.items():
+            if type(key) not in _SCALARS or (
+                type(item) not in _SCALARS and (not depth or not _is_plain(item, depth - 1))
+            ):
+                return False
+        return True
+    if kind is list or kind is tuple:
+        for item in value:  # noqa: SIM110 - a generator would cost twice as much
+            if type(item) not in _SCALARS and (not depth or not _is_plain(item, depth - 1)):
+                return False
+        return True
+    return kind in _SCALARS
 
 
 _Place = tuple["_Place | None", str, Any]
@@ -233,7 +319,8 @@ class _Plain:
             raise
         except Exception as exc:  # what a property, a __getitem__ or a tolist of someone else's raises
             raise UnstorableError(
-                f"the {self._what} cannot be stored: reading it raised {type(exc).__name__}: {exc}"
+                f"the {self._what} cannot be stored: reading it raised {type(exc).__name__}: "
+                f"{' '.join(str(exc).split())}"
             ) from exc
 
     def _plain(self, value: Any, place: _Place | None, depth: int) -> Any:  # noqa: C901, PLR0911, PLR0912 - a case for each kind
@@ -295,7 +382,7 @@ class _Plain:
         for key, item in value.items():
             there = (place, "[{!r}]", key)
             pairs.append((self._plain(key, (there, " (its {})", "key"), depth), self._plain(item, there, depth)))
-        if _holds_scalars_only(type(key) for key, _ in pairs):
+        if all(type(key) in _SCALARS for key, _ in pairs):
             plain = dict(pairs)
             if len(plain) == len(pairs) and not (self._canonical and any(type(key) is not str for key in plain)):
                 return plain
@@ -349,7 +436,7 @@ def _hashable(key: Any) -> Any:
     return tuple(_hashable(item) for item in key) if isinstance(key, list) else key
 
 
-def _decoded(decoder: msgspec.msgpack.Decoder[Any], data: bytes | bytearray | memoryview) -> Any:
+def _decoded(decoder: msgspec.msgpack.Decoder[Any], data: bytes | bytearray) -> Any:
     try:
         return decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError, MemoryError) as exc:
@@ -360,4 +447,5 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Any], data: bytes | bytearray | me
 _encoder: Final = msgspec.msgpack.Encoder()
 _sorting_encoder: Final = msgspec.msgpack.Encoder(order="sorted")
 _decoder: Final = msgspec.msgpack.Decoder(ext_hook=_read_ext)
+_change_decoder: Final = msgspec.msgpack.Decoder(_StoredChange, ext_hook=_read_ext)
 _record_decoder: Final = msgspec.msgpack.Decoder(_StoredRecord, ext_hook=_read_ext)

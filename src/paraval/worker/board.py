@@ -11,7 +11,6 @@ import os
 import struct
 import tempfile
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -36,13 +35,15 @@ class Board:
         OSError: there is no such file here, or none can be made.
     """
 
+    _remove: weakref.finalize[[str, int], Board] | None
+
     def __init__(self, path: str | None = None) -> None:
-        self._remove: Callable[[], object] = _do_nothing
         if path is None:
             descriptor, path = tempfile.mkstemp(prefix="paraval-")
             os.truncate(descriptor, _SIZE)
-            self._remove = weakref.finalize(self, Path(path).unlink, missing_ok=True)
+            self._remove = weakref.finalize(self, _remove, path, os.getpid())
         else:
+            self._remove = None
             descriptor = os.open(path, os.O_RDWR)
         try:
             self._memory = mmap.mmap(descriptor, _SIZE)
@@ -84,8 +85,10 @@ class Board:
     def close(self) -> None:
         """Let go; the file goes with its maker."""
         self._memory.close()
-        self._remove()
+        if self._remove is not None:
+            self._remove()
 
 
-def _do_nothing() -> None:
-    pass
+def _remove(path: str, maker: int) -> None:
+    if os.getpid() == maker:  # not a fork of it
+        Path(path).unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+    from paraval.storage import Storage
     from paraval.worker.notebook import Notebook
 
 __all__ = ["Done", "Program", "Report", "hold", "run_jobs", "serve"]
@@ -40,6 +41,7 @@ class Program(NamedTuple):
         stopper: pickled; copied for each job.
         is_async: whether calling the run-function gives a coroutine.
         retry_on: pickled tuple of exception types.
+        storage: pickled, where it is the same store in any process of the driver's machine; else None.
         driver: process id of the evaluator's process.
         origin: where the evaluator's clock is zero, on the driver's monotonic clock.
         kill_grace: seconds between asking a job to stop and the strongest means.
@@ -50,6 +52,7 @@ class Program(NamedTuple):
     stopper: bytes
     is_async: bool
     retry_on: bytes
+    storage: bytes | None
     driver: int
     origin: float
     kill_grace: float
@@ -92,20 +95,39 @@ class Report(NamedTuple):
 # -- calls -------------------------------------------------------------------------------------------------------------
 
 
-class _Loaded(NamedTuple):
-    function: Any
-    kwargs: dict[str, Any]
-    stopper: Any
-    is_async: bool
-    retry_on: tuple[type[BaseException], ...]
-    context: JobContext
+class _Loaded:
+    """A program, unpickled: all of it is from our own driver."""
+
+    def __init__(self, program: Program) -> None:
+        load = pickle.loads
+        self.function: Any = load(program.function)
+        self.kwargs: dict[str, Any] = load(program.kwargs)
+        self.stopper: Any = load(program.stopper)
+        self.is_async = program.is_async
+        self.retry_on: tuple[type[BaseException], ...] = load(program.retry_on)
+        self.context = JobContext(origin=program.origin, kill_grace=program.kill_grace)
+        self._pickled_storage = program.storage
+        self._storage: Storage | None = None
+
+    @property
+    def storage(self) -> Storage | None:
+        """The driver's store, opened when a job first asks for it; None: it cannot be had in another process."""
+        if self._storage is None and self._pickled_storage is not None:
+            self._storage = pickle.loads(self._pickled_storage)  # noqa: S301 - from our own driver
+        return self._storage
 
 
 _loaded: dict[str, _Loaded] = {}
 """The programs that this process knows, by their tokens, oldest first."""
 
 
-def run_jobs(token: str, program: Program | None, jobs: list[tuple[str, Any]], board_path: str) -> Report | None:
+def run_jobs(
+    token: str,
+    program: Program | None,
+    jobs: list[tuple[str, Any]],
+    board_path: str,
+    number: int,  # noqa: ARG001 - its being there is what it is for
+) -> Report | None:
     """Run jobs one after the other.
 
     Args:
@@ -113,6 +135,8 @@ def run_jobs(token: str, program: Program | None, jobs: list[tuple[str, Any]], b
         program: what to run, or None where this process is believed to know it.
         jobs: ids and arguments, the latter sealed unless they are plain.
         board_path: the way to be asked to stop, on the same machine.
+        number: of the call among those with the same board. (Of two calls that are alike in everything, such as two
+            attempts at a job, dask makes the first only, and answers the second with its result.)
 
     Returns:
         What became of them; or None: the program is not known here, send it along.
@@ -122,7 +146,8 @@ def run_jobs(token: str, program: Program | None, jobs: list[tuple[str, Any]], b
         if program is None:
             return None
         try:
-            loaded = _load(program)
+            _end_with(program.driver)
+            loaded = _Loaded(program)
         except BaseException as exc:  # noqa: BLE001 - whatever importing the run-function does
             return Report([], [job_id for job_id, _ in jobs], tuple(error_from_exception(exc)))
         _loaded[token] = loaded
@@ -137,14 +162,6 @@ def run_jobs(token: str, program: Program | None, jobs: list[tuple[str, Any]], b
         if board is not None:
             board.close()
         _flush_output()
-
-
-def _load(program: Program) -> _Loaded:
-    function, kwargs, stopper, is_async, retry_on, driver, origin, kill_grace = program
-    _end_with(driver)
-    load = pickle.loads  # all of it is from our own driver
-    context = JobContext(origin=origin, kill_grace=kill_grace)
-    return _Loaded(load(function), load(kwargs), load(stopper), is_async, load(retry_on), context)
 
 
 def _end_with(driver: int) -> None:
@@ -218,8 +235,12 @@ class _Call:
         loaded = self._loaded
         notebook: Notebook | None = None
 
-        def storage() -> Notebook:
+        def storage() -> Storage:
             nonlocal notebook
+            # Only on the driver's machine, where the board can be seen, a store is what it is there.
+            store = None if self._board is None else loaded.storage
+            if store is not None:
+                return store
             if notebook is None:
                 from paraval.worker.notebook import Notebook  # here: most jobs never ask for their storage
 

@@ -1,0 +1,152 @@
+"""The socket to a worker process: frames in both directions, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pickle
+import selectors
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import anyio
+
+from paraval.loops import Event, Loop
+
+__all__ = ["Channel", "Frame"]
+
+Frame = tuple[Any, ...]
+
+_READ: Final = 1 << 16
+_READ_MORE: Final = 1 << 20
+"""Of a large frame. Not always, as the system maps and unmaps so much memory for each read."""
+
+
+class Channel:
+    """Frames to and from a worker: a length (8 bytes) and a pickled tuple.
+
+    On asyncio, what comes is read by a callback of the loop that is registered once: to wait anew for each frame, as
+    ``anyio.wait_readable`` does, costs as much as all the rest of a job's way through here. Trio has no such callbacks.
+    """
+
+    _unsent_setup: bytes | None
+    _socket: socket.socket
+    _received: bytearray
+    _selector: selectors.DefaultSelector | None
+    """Waits for socket and output, and can be waited for itself; None where the output is not captured."""
+    _frames: Sequence[Frame] = ()
+    _failure: Exception | None = None
+    _loop: Loop | None = None
+    _arrival: Event | None = None
+    _watching: asyncio.AbstractEventLoop | None = None
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame.
+
+        Raises:
+            OSError: the worker is gone.
+        """
+        if self._unsent_setup is not None:
+            setup, self._unsent_setup = self._unsent_setup, None
+            await self.send(setup)
+        if len(frame) < _READ:
+            data = len(frame).to_bytes(8, "little") + frame
+        else:  # too large to be copied
+            await self._write(memoryview(len(frame).to_bytes(8, "little")))
+            data = frame
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            await self._write(memoryview(data)[sent:])
+
+    async def _write(self, view: memoryview) -> None:
+        while view:
+            try:
+                view = view[self._socket.send(view) :]
+            except BlockingIOError:
+                await anyio.wait_writable(self._socket)
+
+    async def receive(self) -> Sequence[Frame]:
+        """Wait for frames; give those that are there.
+
+        Raises:
+            OSError: the worker is gone.
+        """
+        if self._loop is None:
+            self._loop = Loop.running()
+            if self._loop.is_asyncio:
+                self._watching = asyncio.get_running_loop()
+                self._watching.add_reader(self._source, self._read)
+        while not self._frames:
+            if self._failure is not None:
+                raise self._failure
+            if self._loop.is_asyncio:
+                self._arrival = self._loop.event()
+                await self._arrival.wait()
+            else:
+                await anyio.wait_readable(self._source)
+                self._read()
+        frames, self._frames = self._frames, ()
+        return frames
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing more can come."""
+        return self._failure is not None
+
+    @property
+    def _source(self) -> int:
+        return (self._socket if self._selector is None else self._selector).fileno()
+
+    def _read(self) -> None:
+        """Take what has come, or the end."""
+        try:
+            if self._selector is not None:
+                self._drain()
+            data = self._socket.recv(_READ_MORE if self._received else _READ)
+            if not data:
+                raise ConnectionResetError("the worker closed its socket")  # noqa: TRY301 - as any other failure
+            if not self._received and len(data) == 8 + int.from_bytes(data[:8], "little"):  # as a rule
+                self._frames = (*self._frames, pickle.loads(data[8:]))  # noqa: S301 - from our own worker
+            else:
+                self._received += data
+                self._frames = (*self._frames, *self._complete_frames())
+        except BlockingIOError:  # only output has come
+            return
+        except Exception as exc:  # noqa: BLE001 - it is raised to whoever waits
+            self._failure = exc
+            self._stop_watching()  # or the loop would call for ever
+        if self._arrival is not None and (self._frames or self._failure is not None):
+            self._arrival.set()
+
+    def _complete_frames(self) -> Iterator[Frame]:
+        received = self._received
+        begin = 0
+        while len(received) >= begin + 8:
+            end = begin + 8 + int.from_bytes(received[begin : begin + 8], "little")
+            if len(received) < end:
+                break
+            with memoryview(received) as view:
+                yield pickle.loads(view[begin + 8 : end])  # noqa: S301 - likewise
+            begin = end
+        if begin:
+            del received[:begin]
+
+    def _drain(self) -> None:
+        """Take what has come from the other sources of the selector."""
+
+    def _stop_watching(self) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                watching.remove_reader(self._source)
+
+    def _close(self) -> None:
+        self._stop_watching()  # as long as the number is still that of the socket
+        if self._selector is not None:
+            self._selector.close()
+            self._selector = None
+        self._socket.close()

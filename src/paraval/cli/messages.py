@@ -1,0 +1,39 @@
+"""What commands say on stderr, and their exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Final
+
+import click
+
+__all__ = ["EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "drop_stdout", "interrupted", "say", "say_error"]
+
+EXIT_FAILED: Final = 1
+EXIT_BAD_INPUT: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+
+def say(message: str) -> None:
+    """Print it as one line, whatever line ends are in it."""
+    click.echo(f"paraval: {'; '.join(filter(None, map(str.strip, message.splitlines())))}", err=True)
+
+
+def say_error(message: str) -> int:
+    """Print it as an error; give the exit code of bad input."""
+    say(f"error: {message}")
+    return EXIT_BAD_INPUT
+
+
+def interrupted(what: str = "") -> int:
+    """Say that Ctrl-C ended the command, on a line of its own; give the exit code."""
+    if sys.stderr.isatty():
+        click.echo(err=True)  # after the ^C that the terminal shows
+    say(f"interrupted{what}")
+    return EXIT_INTERRUPTED
+
+
+def drop_stdout() -> None:
+    """Lead stdout to nowhere: the interpreter flushes it when it exits, and would complain about the broken pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

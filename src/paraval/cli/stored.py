@@ -1,0 +1,123 @@
+"""What the commands find in a storage: never one that they would make, and of each job what a person asks first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from paraval.errors import ParavalError
+from paraval.job import JobStatus
+from paraval.outcome import FAILURE, is_failure
+from paraval.storage import JobRecord, Storage
+from paraval.storage.urls import open_storage, sqlite_path
+
+__all__ = [
+    "STATUSES",
+    "in_order",
+    "is_objective",
+    "open_existing",
+    "outputs_are_objectives",
+    "parameters_of",
+    "status_of",
+]
+
+STATUSES: Final = (*(status.name.lower() for status in JobStatus), "failed")
+"""What jobs can be asked for by: their status, or that they failed."""
+_FLEETING: Final = {"memory", "null", "shared"}
+
+
+def open_existing(name: str) -> Storage:
+    """Open a storage that is there.
+
+    Args:
+        name: a URL, or the path of a SQLite file.
+
+    Raises:
+        click.ClickException: there is no such storage.
+        ParavalError: it cannot be opened.
+    """
+    path = _path_of(name)
+    if path is not None and not os.path.exists(path):  # noqa: PTH110 - pathlib's raises where a folder is closed to us
+        raise click.ClickException(f"no such file: {path}")
+    if path is not None and path.is_file() and path.stat().st_size == 0:
+        raise click.ClickException(f"{path} is empty, and no storage")
+    if path is not None and path.is_dir():
+        raise click.ClickException(f"{path} is a directory; a storage is a SQLite file, or a URL")
+    scheme = name.partition(":")[0].lower()
+    if path is None and scheme in _FLEETING:
+        raise click.ClickException(f"'{scheme}:' ends with the program that made it: there is nothing to see")
+    try:
+        if path is None:
+            return open_storage(name)
+        from paraval.storage.sqlite import SqliteStorage
+
+        return SqliteStorage(path)
+    except ParavalError:
+        raise
+    except Exception as exc:  # of a storage that another package brought
+        told = str(exc).replace(name, "…")  # there may be a password in it
+        raise click.ClickException(f"the storage cannot be opened: {type(exc).__name__}: {told}") from exc
+
+
+def files_of(name: str) -> list[Path]:
+    """Give the files that a storage consists of; not all of them need be there."""
+    path = _path_of(name)
+    if path is None:
+        return []
+    return [Path(f"{path}{end}") for end in ("", "-journal", "-wal", "-shm")]
+
+
+def _path_of(name: str) -> Path | None:
+    """Give the path of a SQLite file; None for what is a URL of another kind."""
+    return Path(name) if ":" not in name or os.path.exists(name) else sqlite_path(name)  # noqa: PTH110 - it never raises
+
+
+def in_order(records: Sequence[JobRecord]) -> list[JobRecord]:
+    """Sort the jobs of a search by their numbers."""
+    return sorted(records, key=lambda record: int(record.id.rpartition(".")[2]))
+
+
+def parameters_of(record: JobRecord) -> dict[str, Any] | None:
+    """Give the configuration of a job that an evaluator submitted; None where it has arguments of another form."""
+    if record.args is not None and len(record.args) == 1 and isinstance(record.args[0], dict) and not record.kwargs:
+        parameters: dict[str, Any] = record.args[0]
+        return parameters
+    return {} if not record.args and not record.kwargs else None
+
+
+def status_of(record: JobRecord) -> str:
+    """Name the status."""
+    try:
+        return JobStatus(record.status).name
+    except ValueError:  # stored by hand
+        return str(record.status)
+
+
+def is_objective(out: Any) -> bool:
+    """Whether an output may be what a run-function of an optimisation returns: a number, a failure, or several."""
+    if isinstance(out, tuple | list):
+        return bool(out) and all(isinstance(item, int | float | str) for item in out)
+    return isinstance(out, int | float | str)
+
+
+def outputs_are_objectives(records: Sequence[JobRecord]) -> bool:
+    """Whether what the jobs of a search returned are objectives: what stands for failures is not all there is."""
+    outs = [record.out for record in records if record.out is not None]
+    if not all(map(is_objective, outs)):
+        return False
+    return not all(map(is_failure, outs)) or all(str(out).startswith(FAILURE) for out in outs if isinstance(out, str))
+
+
+def failures(records: Sequence[JobRecord]) -> set[str]:
+    """Give the ids of those jobs of a search that ended without a result, other than by being cancelled."""
+    objectives = outputs_are_objectives(records)
+    return {
+        record.id
+        for record in records
+        if record.status == JobStatus.DONE.value
+        and (record.error is not None or (objectives and is_failure(record.out)))
+    }

@@ -1,0 +1,477 @@
+"""RedisStorage when things break: lost connections, a server that ends or is in trouble, damaged and hostile data."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import shutil
+import socket
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import redis_server as real
+from paraval.errors import (
+    CorruptStoreError,
+    StorageError,
+    StoreUnreachableError,
+    WrongStoreError,
+)
+from paraval.storage import JobChange, RedisStorage, UnknownIdError
+from redis_server import RedisServer, check_everything, do_everything, insert, needs_redis, reopened
+from support import in_threads, run_program, until
+from tcp_proxy import Fate, Proxy, Way
+
+redis_server = real.redis_server  # the fixtures
+prefix = real.prefix
+storage = real.storage
+search_id = real.search_id
+proxy = real.proxy
+far = real.far
+
+
+# -- lost connections --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", Way)
+@pytest.mark.parametrize("fate", [Fate.CUT, Fate.CUT_AFTER, Fate.CUT_WITHIN, Fate.HALF_CLOSE])
+def test_what_was_interrupted_is_done_once(
+    proxy: Proxy, far: RedisStorage, storage: RedisStorage, fate: Fate, way: Way
+) -> None:
+    far.connect()
+    answers = []
+    for operation in do_everything(far):
+        lost = proxy.once(fate, way)
+        answers.append(operation())
+        assert lost.is_set()
+    check_everything(storage, answers)
+
+
+def test_an_answer_that_is_lost_several_times_is_given_at_last(
+    proxy: Proxy, far: RedisStorage, storage: RedisStorage
+) -> None:
+    far.connect()
+    answers = []
+    for operation in do_everything(far):
+        lost, was_asked = 0, False
+
+        def rule(way: Way, data: bytes) -> Fate:
+            nonlocal lost, was_asked
+            if way is Way.TO_SERVER:
+                was_asked = b"EVAL" in data
+            elif was_asked and lost < 2:
+                lost += 1
+                return Fate.CUT
+            return Fate.PASS
+
+        proxy.rule = rule
+        answers.append(operation())
+        assert lost == 2
+    check_everything(storage, answers)
+
+
+def test_a_copy_that_comes_late_changes_nothing(proxy: Proxy, prefix: str, storage: RedisStorage) -> None:
+    """A request lies somewhere in the network; the client gives it up, and sends it again on another connection."""
+    far = RedisStorage(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, timeout=0.2)
+    far.connect()
+    insert(far, far.new_search(), 1)
+    held = proxy.once(Fate.HOLD, Way.TO_SERVER)
+    change = JobChange("0.0", intermediate=(1.0, 1.0))
+    far.update([change])
+    assert held.is_set()
+    far.update([change])
+    insert(far, "0", 1)
+    before = storage.scan("0")
+    passed = threading.Event()
+
+    def rule(way: Way, _data: bytes) -> Fate:
+        if way is Way.TO_CLIENT:
+            passed.set()
+        return Fate.PASS
+
+    proxy.rule = rule
+    proxy.release()
+    assert passed.wait(20), "the server has answered the late copy"
+    assert storage.scan("0") == before
+    assert storage.get(["0.0"])[0].budgets == [1.0, 1.0]
+    far.close()
+
+
+def test_it_waits_for_a_server_that_comes_back(
+    proxy: Proxy, far: RedisStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    far.new_search()
+    proxy.refuse()
+    back = threading.Timer(0.3, proxy.listen)
+    back.start()
+    with caplog.at_level(logging.WARNING, "paraval"):
+        assert insert(far, "0", 2) == ["0.0", "0.1"]
+    back.join()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"the Redis server redis://127.0.0.1:{proxy.port}/0 was lost: the connection broke")
+    assert said.endswith("; trying again for 30 s")
+
+
+def test_it_does_not_wait_for_ever(proxy: Proxy, prefix: str) -> None:
+    far = RedisStorage(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, retry_for=0.3, timeout=1)
+    far.new_search()
+    proxy.refuse()
+    with pytest.raises(StoreUnreachableError, match=r"redis://127.0.0.1:\d+/0 is not to be reached .*tried for 0.3 s"):
+        insert(far, "0", 1)
+    assert not far.is_connected()
+    proxy.listen()
+    assert far.is_connected()
+    assert insert(far, "0", 1) == ["0.0"]
+    proxy.rule = lambda way, _data: Fate.CUT if way is Way.TO_CLIENT else Fate.PASS
+    with pytest.raises(StoreUnreachableError, match=r"tried for 0\.3 s") as caught:
+        insert(far, "0", 1)
+    assert isinstance(caught.value, ConnectionError)
+    far.close()
+
+
+def test_it_does_not_wait_for_ever_for_an_answer(proxy: Proxy, prefix: str) -> None:
+    far = RedisStorage(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, retry_for=0.2, timeout=0.1)
+    far.new_search()
+    proxy.rule = lambda way, _data: Fate.HOLD if way is Way.TO_SERVER else Fate.PASS
+    with pytest.raises(StoreUnreachableError, match=r"did not answer within 0.1 s \(timeout=\).*tried for 0.2 s"):
+        insert(far, "0", 1)
+    far.close()
+
+
+def test_an_address_that_never_answered_is_an_error_at_once(proxy: Proxy, prefix: str) -> None:
+    proxy.refuse()
+    far = RedisStorage(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, retry_for=3600)
+    with pytest.raises(StoreUnreachableError, match="is it running there"):
+        far.connect()
+
+
+def test_the_server_may_forget_its_scripts(storage: RedisStorage, search_id: str, redis_server: RedisServer) -> None:
+    redis_server.call("SCRIPT", "FLUSH")
+    assert insert(storage, search_id, 2) == ["0.0", "0.1"]
+    assert storage.scan(search_id)[1] == 2
+
+
+def test_what_it_remembers_of_connections_goes_away(
+    storage: RedisStorage, search_id: str, redis_server: RedisServer
+) -> None:
+    insert(storage, search_id, 1)
+    sessions = redis_server.call("KEYS", f"{storage._prefix}:session:*")
+    assert len(sessions) == 1
+    assert 0 < redis_server.call("PTTL", sessions[0]) <= 1000 * 3600
+
+
+# -- the server ends, and comes back -----------------------------------------------------------------------------------
+
+
+def test_nothing_acknowledged_is_lost_when_a_durable_server_is_killed(tmp_path: Path) -> None:
+    needs_redis()
+    with RedisServer(tmp_path, appendonly="yes", appendfsync="always") as server:
+        storage = RedisStorage(server.url)
+        search_id = storage.new_search()
+        acknowledged: list[str] = []
+        enough = threading.Event()
+
+        def work() -> None:
+            client = reopened(storage)
+            while not enough.is_set():
+                made = insert(client, search_id, 3, status=1)
+                client.update([JobChange(job_id, status=2, intermediate=(1.0, 1.0)) for job_id in made])
+                acknowledged.extend(made)
+            client.close()
+
+        def trouble() -> None:
+            for _ in range(3):
+                count = len(acknowledged)
+                while len(acknowledged) < count + 60:
+                    enough.wait(0.001)
+                server.kill()
+                server.start()
+            enough.set()
+
+        in_threads(work, work, trouble)
+        found = {record.id: record for record in storage.scan(search_id)[0]}
+        assert len(acknowledged) == len(set(acknowledged)) >= 180
+        assert sorted(found) == sorted(acknowledged), "no job that nobody was told of"
+        assert all((found[job_id].status, found[job_id].budgets) == (2, [1.0]) for job_id in acknowledged)
+        storage.close()
+
+
+# -- a server in trouble -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that the test may spoil."""
+    needs_redis()
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+def refuses_writes(storage: RedisStorage, match: str) -> None:
+    """Nothing is written, in part or in whole, but what is there can be read."""
+    before = storage.scan("0")
+    for operation in (
+        storage.new_search,
+        lambda: insert(storage, "0", 2),
+        lambda: storage.update([JobChange("0.0", out=1), JobChange("0.1", out="x" * 20_000)]),
+        lambda: storage.adopt({"0.0": 1}, "you"),
+        lambda: storage.put_value("0", "k", 1),
+    ):
+        with pytest.raises(StorageError, match=match) as caught:
+            operation()
+        assert type(caught.value) is StorageError
+        assert caught.value.__context__ is None
+    assert storage.scan("0") == before
+    assert storage.search_ids() == ["0"]
+
+
+def test_a_server_without_memory(own_server: RedisServer) -> None:
+    storage = RedisStorage(own_server.url)
+    insert(storage, storage.new_search(), 2)
+    own_server.call("CONFIG", "SET", "maxmemory", "1")
+    refuses_writes(storage, "has no memory left")
+    own_server.call("CONFIG", "SET", "maxmemory", "0")
+    assert insert(storage, "0", 1) == ["0.2"]
+    storage.close()
+
+
+def test_a_replica(own_server: RedisServer) -> None:
+    storage = RedisStorage(own_server.url)
+    insert(storage, storage.new_search(), 2)
+    own_server.call("CONFIG", "SET", "replica-serve-stale-data", "yes")
+    own_server.call("REPLICAOF", "127.0.0.1", "1")
+    refuses_writes(storage, "is a replica, .* its primary")
+    storage.close()
+
+
+def test_a_server_that_cannot_save(tmp_path: Path) -> None:
+    needs_redis()
+    away = tmp_path / "away"
+    away.mkdir()
+    with RedisServer(away, save="3600 1") as server:
+        storage = RedisStorage(server.url)
+        insert(storage, storage.new_search(), 2)
+        shutil.rmtree(away)
+        with contextlib.suppress(Exception):
+            server.call("BGSAVE")
+        until(lambda: b"rdb_last_bgsave_status:err" in said(server, "INFO persistence"))
+        refuses_writes(storage, "cannot write to its disk")
+        storage.close()
+        server.kill()  # it would not end before it has saved
+
+
+def said(server: RedisServer, command: str) -> bytes:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"{command}\r\n".encode())
+        return connection.recv(1 << 16)
+
+
+def test_a_server_that_drops_what_it_keeps_is_told_of_once(own_server: RedisServer) -> None:
+    own_server.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    RedisStorage(own_server.url).connect().close()  # without a limit it drops nothing
+    own_server.call("CONFIG", "SET", "maxmemory", "1gb")
+    storage = RedisStorage(own_server.url)
+    with pytest.warns(RuntimeWarning, match=r"may drop what it keeps .*allkeys-lru.*'noeviction'") as caught:
+        storage.connect()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        insert(storage, storage.new_search(), 1)
+        copied = reopened(storage)
+        insert(copied, "0", 1)
+    storage.close()
+    copied.close()
+
+
+# -- what is under the keys --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(storage: RedisStorage, search_id: str) -> dict[str, str]:
+    """The keys of a search with two jobs, one of them long."""
+    insert(storage, search_id, 2, owner="me")
+    storage.update([JobChange("0.1", metadata={str(x): "x" * 20_000}) for x in range(2)])
+    storage.put_value(search_id, "k", 1)
+    names = ["", ":searches", ":leases", *(f":search:0:{name}" for name in ("jobs", "parts", "log", "values"))]
+    return {name.rpartition(":")[2]: f"{storage._prefix}{name}" for name in names}
+
+
+def uses(storage: RedisStorage) -> dict[str, Callable[[], Any]]:
+    return {
+        "insert": lambda: insert(storage, "0", 1),
+        "update": lambda: storage.update([JobChange("0.0", out=1), JobChange("0.1", out=1)]),
+        "adopt": lambda: storage.adopt({"0.0": 1, "0.1": 4}, "you"),
+        "get": lambda: storage.get(["0.0", "0.1"]),
+        "scan": lambda: storage.scan("0"),
+    }
+
+
+def is_named(storage: RedisStorage, kind: type[StorageError], match: str, *names: str) -> None:
+    for name, use in uses(storage).items():
+        if name in names:
+            with pytest.raises(kind, match=match):
+                use()
+
+
+def test_a_later_release_wrote_it(storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer) -> None:
+    redis_server.call("HSET", keys[""], "schema", "2")
+    is_named(storage, WrongStoreError, r"later release of paraval \(schema 2; this one knows 1\)", *uses(storage))
+    for use in (
+        storage.connect,
+        storage.search_ids,
+        storage.new_search,
+        storage.owners,
+        lambda: storage.get_value("0", "k"),
+    ):
+        with pytest.raises(WrongStoreError, match="install that release, or give another prefix="):
+            use()
+    redis_server.call("HSET", keys[""], "schema", "new\nest")
+    with pytest.raises(CorruptStoreError, match="schema") as caught:
+        storage.connect()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "searches", "jobs", "log", "parts"])
+def test_something_else_is_under_a_key(
+    storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer, name: str
+) -> None:
+    redis_server.call("SET", keys[name], "something else")
+    writes = [] if name == "parts" else ["insert"]
+    before = redis_server.call("DBSIZE")
+    is_named(storage, WrongStoreError, r"something else under the keys .*prefix=", "update", "adopt", "scan", *writes)
+    if name == "":
+        with pytest.raises(WrongStoreError):
+            RedisStorage(redis_server.url, prefix=storage._prefix).connect()
+    assert redis_server.call("DBSIZE") == before
+
+
+@pytest.mark.parametrize("name", ["jobs", "log", "parts"])
+def test_a_key_is_missing(storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer, name: str) -> None:
+    redis_server.call("DEL", keys[name])
+    used = ["get", "scan"] if name == "parts" else list(uses(storage))
+    is_named(storage, CorruptStoreError, "some of search '0' is missing .*noeviction", *used)
+    assert redis_server.call("EXISTS", keys[name]) == 0, "nothing is made anew"
+
+
+def test_the_list_of_searches_is_missing(
+    storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer
+) -> None:
+    redis_server.call("DEL", keys["searches"])
+    with pytest.raises(UnknownIdError):
+        storage.scan("0")
+    with pytest.raises(CorruptStoreError, match="some of search '0' is missing"):
+        storage.new_search()
+
+
+def test_a_job_is_missing(storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer) -> None:
+    redis_server.call("HDEL", keys["jobs"], "1")
+    is_named(storage, CorruptStoreError, "some of search '0' is missing", "scan")
+    with pytest.raises(UnknownIdError):
+        storage.get(["0.1"])
+
+
+CANARY = pickle.dumps(partial(os.putenv, "PARAVAL_CANARY", "dead"))
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"x", b"\xff" * 40, b"\x00" * 40, CANARY, b"\x00" * 12 + b"R\x00\x00\x00\x05\x01\x81"]
+)
+def test_a_damaged_job_is_named(
+    storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer, junk: bytes
+) -> None:
+    good = redis_server.call("HGET", keys["jobs"], "0")
+    redis_server.call("HSET", keys["jobs"], "1", junk)
+    is_named(storage, CorruptStoreError, "damaged|missing", "get")
+    with contextlib.suppress(CorruptStoreError):  # a change reads no more of a job than its head
+        storage.update([JobChange("0.0", out=1), JobChange("0.1", out=1)])
+    else_changed = redis_server.call("HGET", keys["jobs"], "0") != good
+    assert else_changed == (redis_server.call("HGET", keys["jobs"], "1") != junk), "all or none"
+    is_named(storage, CorruptStoreError, "damaged|missing", "get")
+
+
+@pytest.mark.parametrize("cut", range(0, 120, 7))
+def test_a_cut_record_is_named(storage: RedisStorage, search_id: str, redis_server: RedisServer, cut: int) -> None:
+    insert(storage, search_id, 1, args=({"x": 1.5, "name": "adam"},), owner="me", out=[1, 2, {"a": b"b" * 90}])
+    whole = redis_server.call("HGET", f"{storage._prefix}:search:0:jobs", "0")
+    assert cut < len(whole)
+    redis_server.call("HSET", f"{storage._prefix}:search:0:jobs", "0", whole[:cut])
+    with pytest.raises(CorruptStoreError):
+        storage.get(["0.0"])
+
+
+def test_hostile_bytes_are_never_executed(
+    storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer
+) -> None:
+    """A pickle that would leave a trace in every value, in turn, under an audit hook that sees unpickling."""
+    redis_server.call("ZADD", keys["leases"], "+inf", CANARY)
+    head = struct.pack(">HIIH", 0, 1, 0, 0)
+    length = struct.pack(">I", len(CANARY))
+    inner = b"\xc6" + length + CANARY
+    program = run_program(f"""
+        import os, sys
+        import redis
+        from paraval.errors import ParavalError
+        from paraval.storage import JobChange, JobRecord, RedisStorage
+
+        # all imports are done before: importing compiles and executes
+        storage = RedisStorage({redis_server.url!r}, prefix={storage._prefix!r}).connect()
+        storage.get(["0.0", "0.1"])
+        client = redis.Redis(port={redis_server.port})
+        client.ping()
+        seen = []
+        hostile = ("pickle.", "marshal.", "exec", "compile", "import", "os.putenv", "os.system", "subprocess", "ctypes")
+        sys.addaudithook(lambda event, args: seen.append((event, args)) if event.startswith(hostile) else None)
+        canary, inner = {CANARY!r}, {inner!r}
+        refused = 0
+
+        def use():
+            global refused
+            for call in (
+                lambda: storage.get(["0.0", "0.1"]), lambda: storage.scan("0"), lambda: storage.get_value("0", "k"),
+                lambda: storage.update([JobChange("0.1", out=1)]), lambda: storage.adopt({{"0.1": 4}}, "you"),
+                lambda: storage.insert("0", [JobRecord()]), storage.owners, storage.search_ids, storage.connect,
+            ):
+                try:
+                    call()
+                except ParavalError:
+                    refused += 1
+
+        keys = {keys!r}
+        frame = lambda kind, data: kind + len(data).to_bytes(4, "big") + data
+        head = {head!r}
+        for field in ("0", "1"):
+            for value in (
+                canary, head + canary, head + frame(b"R", canary), head + frame(b"R", b"\\x01" + canary),
+                head + frame(b"R", b"\\x01\\x81\\xa3out" + inner) + frame(b"C", canary),
+                head + frame(b"R", b"\\x01\\x80") + frame(b"C", b"\\x81\\xa3out" + inner) + frame(b"A", canary),
+                head + frame(b"R", b"\\x01\\x80") + frame(b"C", b"\\x81\\xa5error\\x81\\xa4kind" + inner),
+                head + frame(b"R", b"\\x01\\x80") + frame(canary[:1], canary),
+            ):
+                before = client.hget(keys["jobs"], field)
+                client.hset(keys["jobs"], field, value)
+                use()
+                client.hset(keys["jobs"], field, before)
+        for name, field in (("parts", "1.0"), ("values", "k"), ("searches", "0"), ("", "schema")):
+            key = keys[name]
+            before = client.hget(key, field)
+            client.hset(key, field, canary)
+            use()
+            client.hset(key, field, before)
+        for session in client.keys(keys[""] + ":session:*"):
+            client.set(session, canary)
+            use()
+        client.lset(keys["log"], 0, canary)
+        use()
+        print(refused > 30, seen, os.environ.get("PARAVAL_CANARY"))
+        storage.close()
+        client.close()
+    """)
+    assert program.stdout == ["True [] None"], program.stderr

@@ -13,6 +13,7 @@ import pytest
 
 from paraval import Evaluator, HPOJob, Job, JobStatus, RunningJob
 from paraval.engine.owners import new_owner
+from paraval.functions import name_of
 from paraval.storage import JobChange, JobRecord, MemoryStorage, SqliteStorage, Storage
 from support import Stage, configurations, ids, make, soon, until_async
 
@@ -147,7 +148,7 @@ def left_behind(storage: Storage, owner: str, function: Callable[..., Any], *sta
     if not storage.search_ids():
         storage.new_search()
     records = [
-        JobRecord(args=({"x": x},), metadata={}, function=function.__qualname__, owner=owner, **record)
+        JobRecord(args=({"x": x},), metadata={}, function=name_of(function), owner=owner, **record)
         for x, _ in enumerate(status)
     ]
     storage.insert("0", records)

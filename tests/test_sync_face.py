@@ -939,7 +939,7 @@ class StopAfter(Callback):
 
 def search(evaluator: Any, max_evals: int, timeout: float | None) -> list[tuple[dict[str, Any], Any]]:
     """Search as the reference system does: ask, submit, gather, tell; then gather the rest and close."""
-    evaluator._job_class = HPOJob
+    evaluator._job_class = type("HPOJob", (), {})  # its own, which is none of ours
     evaluator.search = search
     evaluator._stopper = None
     evaluator.set_maximum_num_jobs_submitted(max_evals)

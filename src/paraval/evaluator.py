@@ -36,7 +36,7 @@ from paraval.errors import (
     WrongTypeError,
 )
 from paraval.functions import name_of
-from paraval.job import Job, JobContext
+from paraval.job import HPOJob, Job, JobContext
 from paraval.loops import Loop
 from paraval.reference_names import ReferenceNames
 from paraval.storage import JobChange, MemoryStorage, Storage
@@ -680,6 +680,8 @@ class Evaluator(ReferenceNames, abc.ABC):
 
     @_job_class.setter
     def _job_class(self, job_class: type[Job]) -> None:
+        if not issubclass(job_class, Job):  # the one of the reference system itself
+            job_class = HPOJob if job_class.__name__ == "HPOJob" else Job
         self._intake.job_class = job_class
 
     @property

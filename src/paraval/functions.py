@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import sys
 from typing import Any
 
 __all__ = ["describe", "is_async", "name_of"]
@@ -28,9 +30,14 @@ def describe(function: Any) -> str:
 
 
 def name_of(function: Any) -> str:
-    """Name it for storages: without its module, which is another one when the same script is imported."""
+    """Name it for storages: the same in each program that has it, and whether its script is run or imported."""
     function = _inner(function)
-    return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
+    named = function if getattr(function, "__qualname__", None) else type(function)
+    module = str(getattr(named, "__module__", None))
+    if module == "__main__":
+        script = getattr(sys.modules[module], "__file__", None)
+        module = module if script is None else script.rpartition(os.sep)[2].removesuffix(".py")
+    return f"{module.rpartition('.')[2]}.{named.__qualname__}"
 
 
 def _inner(function: Any) -> Any:

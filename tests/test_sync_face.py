@@ -7,14 +7,18 @@ import csv
 import dataclasses
 import importlib.util
 import math
+import pickle
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 import paraval
@@ -22,6 +26,7 @@ from paraval import (
     Evaluator,
     HPOJob,
     Job,
+    JobError,
     JobStatus,
     MaximumJobsSpawnReached,
     ParavalError,
@@ -1339,3 +1344,102 @@ def test_no_warning_is_left_for_the_interpreter() -> None:
                 evaluator.submit(configurations(3))
                 evaluator.gather("ALL")
     assert caught == []
+
+
+# -- classes and context variables of the user's -----------------------------------------------------------------------
+
+
+class BadStoredOutput(Job):
+    @property
+    def stored_output(self) -> Any:
+        return self.output["loss"]  # which a job that failed has not
+
+
+class BadFailed(Job):
+    @property
+    def failed(self) -> bool:
+        return bool(self.output["loss"])
+
+
+class BadSetError(Job):
+    def set_error(self, error: JobError) -> None:
+        raise RuntimeError("no errors here")
+
+
+@pytest.mark.parametrize("cls", [BadStoredOutput, BadFailed, BadSetError])
+def test_a_class_of_jobs_that_raises_fails_its_own_job(method: str, cls: type[Job]) -> None:
+    def function(job: RunningJob) -> Any:
+        if job["x"] == 1:
+            raise ValueError("it went wrong")
+        return {"loss": 0.5}
+
+    with make(method, function, job_class=cls) as evaluator:
+        evaluator.submit(configurations(3))
+        jobs = {job.args["x"]: job for job in evaluator.gather("ALL")}
+        assert [jobs[x].output for x in range(3)] == [{"loss": 0.5}, None, {"loss": 0.5}]
+        assert jobs[1].error is not None
+        assert evaluator.statistics().submitted == evaluator.statistics().done + evaluator.statistics().failed == 3
+
+
+def test_a_class_of_jobs_that_cannot_be_made(method: str) -> None:
+    class Other(Job):
+        def __init__(self, id: str, args: dict[str, Any]) -> None:  # noqa: A002 - as its base has it
+            super().__init__(id, args)
+
+    with make(method, double, job_class=Other) as evaluator:
+        with pytest.raises(TypeError, match="positional arguments"):
+            evaluator.submit(configurations(2))
+        assert [record.status for record in evaluator.storage.scan(evaluator.search_id)[0]] == [4, 4]
+        assert evaluator.gather("ALL") == []
+
+
+VARIABLE: ContextVar[str] = ContextVar("VARIABLE", default="clean")
+
+
+def set_and_tell(job: RunningJob) -> str:
+    before = VARIABLE.get()
+    VARIABLE.set(f"set by {job.id}")
+    return before
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_context_variables_are_each_jobs_own(method: str, waits: bool) -> None:
+    async def function(job: RunningJob) -> tuple[str, str]:
+        before = set_and_tell(job)
+        if waits:
+            await anyio.lowlevel.checkpoint()
+        return before, VARIABLE.get()
+
+    with make(method, function, num_workers=1) as evaluator:
+        evaluator.submit(configurations(20))
+        assert [job.output for job in evaluator.gather("ALL")] == [("clean", f"set by 0.{x}") for x in range(20)]
+    with make("thread", set_and_tell) as evaluator:
+        evaluator.submit(configurations(20))
+        assert {job.output for job in evaluator.gather("ALL")} == {"clean"}
+
+
+def test_a_job_of_a_local_function_can_be_pickled(method: str) -> None:
+    with make(method, lambda job: job["x"]) as evaluator:
+        evaluator.submit(configurations(1))
+        (job,) = evaluator.gather("ALL")
+    copied = pickle.loads(pickle.dumps(job))  # noqa: S301 - it was made in this line
+    assert (copied.id, copied.args, copied.output, copied.run_function) == (job.id, job.args, job.output, None)
+    copied = pickle.loads(pickle.dumps(Job("0.1", {}, double)))  # noqa: S301 - likewise
+    assert copied.run_function is double
+
+
+def test_a_callback_may_remove_itself(method: str) -> None:
+    heard = []
+
+    class Once(Callback):
+        def on_done(self, job: Job) -> None:
+            evaluator.callbacks.remove(self)
+
+    class Counter(Callback):
+        def on_done(self, job: Job) -> None:
+            heard.append(job.id)
+
+    with make(method, double, callbacks=[Once(), Counter()]) as evaluator:
+        evaluator.submit(configurations(3))
+        evaluator.gather("ALL")
+    assert len(heard) == 3

@@ -209,8 +209,30 @@ class Job:
                 elif isinstance(exc, ValueError):
                     error = error._replace(type="ValueError")
         if error is not None:
-            self.set_error(error)
+            self._set_error(error)
+        if type(self) not in _OURS:
+            self._try_what_is_overridden()
         self._status = JobStatus.CANCELLED if outcome.cancelled else JobStatus.DONE
+
+    def _set_error(self, error: JobError) -> None:
+        try:
+            self.set_error(error)
+        except Exception:  # noqa: BLE001 - a subclass's is user code, and this is a failure already
+            self.error, self.output = error, None
+
+    def _try_what_is_overridden(self) -> None:
+        """Ask a subclass now what it will be asked when the job is recorded and counted: it may raise."""
+        try:
+            _ = self.stored_output, self.failed
+        except Exception as exc:  # noqa: BLE001 - it is user code
+            self._set_error(self.error or error_from_exception(exc))
+
+    def __getstate__(self) -> Any:
+        state: Any = object.__getstate__(self)
+        own, slots = state
+        if "<" in getattr(self.run_function, "__qualname__", "<"):  # a lambda or a local function cannot be pickled
+            slots = {**slots, "run_function": None}
+        return own, slots
 
     def create_running_job(self, stopper: Any = None) -> RunningJob:
         """Make what the run-function receives.
@@ -393,4 +415,5 @@ class RunningJob(MutableMapping[str, Any]):
 
 
 _NO_CONTEXT = JobContext()
+_OURS = frozenset({Job, HPOJob})
 _STOPPING = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context, copy_context
+from types import coroutine as coroutine_from_generator
 from typing import Any, ClassVar
 
 import anyio
@@ -59,7 +62,8 @@ class SerialSlot(Slot):
         while (job := batch.take()) is not None:
             try:  # as _outcome_of() does, without the cost of another coroutine
                 function: Any = job.run_function
-                outcome = Outcome(await function(job.create_running_job(spec.stopper), **spec.kwargs))
+                coroutine = function(job.create_running_job(spec.stopper), **spec.kwargs)
+                outcome = Outcome(await _in_context(copy_context(), coroutine))
             except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
                 outcome = failure_of(exc, spec)
             while state is not None and state.cancel_scope is not innermost and state.cancel_scope is not None:
@@ -72,7 +76,8 @@ class SerialSlot(Slot):
         spec = self._spec
         try:
             function: Any = job.run_function
-            return Outcome(await function(job.create_running_job(spec.stopper), **spec.kwargs))
+            coroutine = function(job.create_running_job(spec.stopper), **spec.kwargs)
+            return Outcome(await _in_context(copy_context(), coroutine))
         except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
             return failure_of(exc, spec)
 
@@ -84,6 +89,26 @@ class SerialSlot(Slot):
             await asyncio.sleep(0)
         while task.cancelling():
             task.uncancel()
+
+
+@coroutine_from_generator
+def _in_context(context: Context, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Await a coroutine in a context of its own: the context variables that it sets are nobody else's."""
+    step: Callable[..., Any] = coroutine.send
+    argument: Any = None
+    while True:
+        try:
+            awaited = context.run(step, argument)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            argument = yield awaited
+            step = coroutine.send
+        except GeneratorExit:
+            context.run(coroutine.close)
+            raise
+        except BaseException as exc:  # noqa: BLE001 - it is the coroutine's to handle
+            step, argument = coroutine.throw, exc
 
 
 class SerialBackend(Backend):

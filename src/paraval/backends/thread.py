@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import queue
 import threading
+from contextvars import copy_context
 from typing import Any, ClassVar
 
 import anyio
@@ -90,13 +91,14 @@ class _JobThread(threading.Thread):
     def _outcome_of(self, job: Job) -> Outcome:
         spec = self._spec
         try:
-            function: Any = job.run_function
-            value = function(job.create_running_job(spec.stopper), **spec.kwargs)
-            if inspect.iscoroutine(value):
-                value = self._complete(value, job)
-            return Outcome(value)
+            return Outcome(copy_context().run(self._call, job))  # its context variables are nobody else's
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             return outcome_of(exc, spec)
+
+    def _call(self, job: Job) -> Any:
+        function: Any = job.run_function
+        value = function(job.create_running_job(self._spec.stopper), **self._spec.kwargs)
+        return self._complete(value, job) if inspect.iscoroutine(value) else value
 
     def _complete(self, coroutine: Any, job: Job) -> Any:
         """Run a coroutine to its end on this thread's own loop."""
@@ -112,7 +114,7 @@ class _JobThread(threading.Thread):
             finally:
                 self._task = None
 
-        return self._runner.run(watched())
+        return self._runner.run(watched(), context=copy_context())
 
 
 class ThreadBackend(Backend):

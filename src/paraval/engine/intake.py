@@ -14,9 +14,9 @@ from paraval.engine.ledger import Ledger
 from paraval.engine.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
 from paraval.errors import MaximumJobsSpawnReached, ParavalError, StorageError
-from paraval.job import Job, JobContext
-from paraval.outcome import Outcome
-from paraval.storage import JobRecord, Storage
+from paraval.job import Job, JobContext, JobStatus
+from paraval.outcome import Outcome, error_from_exception
+from paraval.storage import JobChange, JobRecord, Storage
 from paraval.storage.writer import Writer, patiently
 
 if TYPE_CHECKING:
@@ -143,13 +143,7 @@ class Intake:
         return jobs
 
     def _launch_all(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
-        try:
-            new = self._make(configurations, is_private=private is not None)
-        except ParavalError:
-            raise
-        except Exception as exc:  # a store may raise anything
-            what = f"{type(exc).__name__}: {exc}"
-            raise StorageError(f"the storage failed, so the jobs were not submitted: {what}") from exc
+        new = self._make(configurations, is_private=private is not None)
         jobs = new.jobs
         self._ledger.expect(jobs, self._clock(), private)
         try:
@@ -184,18 +178,33 @@ class Intake:
             JobRecord(args=(args,), metadata=metadata, function=name, owner=owner, is_private=is_private)
             for args, metadata in zip(all_args, all_metadata, strict=True)
         ]
-        if self._writer is None:
-            storage.insert(self._search_id, records)
-        else:
-            patiently(lambda: storage.insert(self._search_id, records))
+        self._insert(records)
         jobs = []
-        for record, args, metadata in zip(records, all_args, all_metadata, strict=True):
-            job = make(record.id, args, function, storage)
-            job.context = context
-            job._submitted = now
-            job.metadata = metadata
-            jobs.append(job)
+        try:
+            for record, args, metadata in zip(records, all_args, all_metadata, strict=True):
+                job = make(record.id, args, function, storage)
+                job.context = context
+                job._submitted = now
+                job.metadata = metadata
+                jobs.append(job)
+        except BaseException as exc:  # a class of the user's: there will be no such jobs
+            error = error_from_exception(exc)._replace(kind="cancelled")
+            cancelled = JobStatus.CANCELLED.value
+            storage.update([JobChange(record.id, status=cancelled, error=error) for record in records])
+            raise
         return jobs
+
+    def _insert(self, records: list[JobRecord]) -> None:
+        try:
+            if self._writer is None:
+                self._storage.insert(self._search_id, records)
+            else:
+                patiently(lambda: self._storage.insert(self._search_id, records))
+        except ParavalError:
+            raise
+        except Exception as exc:  # a store may raise anything
+            what = f"{type(exc).__name__}: {exc}"
+            raise StorageError(f"the storage failed, so the jobs were not submitted: {what}") from exc
 
     def _make_known(self, configurations: Sequence[Args], known: Sequence[Known], *, is_private: bool) -> _New:
         """Make jobs: some under the ids of records that exist, some that will not be run."""

@@ -219,7 +219,7 @@ class Ledger:
             self.last_end = finished
             if job._status is _CANCELLED:
                 cancelled += 1
-            elif job.failed:
+            elif job.error is not None or _has_failed(job):
                 failed += 1
         self.failed += failed
         self.cancelled += cancelled
@@ -371,6 +371,13 @@ class Ledger:
     def _refuse_if_failed(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+
+def _has_failed(job: Job) -> bool:
+    try:
+        return job.failed
+    except Exception:  # noqa: BLE001 - a subclass's is user code, and the counts must stay right
+        return True
 
 
 async def until_set(event: Event, check: Callable[[], object] | None) -> None:

@@ -28,7 +28,7 @@ class Notifier:
 
     def call(self, method: str, *args: Any) -> None:
         """Call ``callback.method(*args)`` for every callback."""
-        for callback in self.callbacks:
+        for callback in list(self.callbacks):  # one may remove itself
             try:
                 getattr(callback, method)(*args)
             except BaseException as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
@@ -66,7 +67,7 @@ class Recorder:
             JobChange(
                 job.id,
                 status=job._status._value_,  # without the detour over Enum.value
-                out=job.stored_output,
+                out=_stored_output(job),
                 error=job.error,
                 metadata=job.metadata,
                 by=owner,
@@ -138,3 +139,10 @@ class Recorder:
         error = StorageError(f"the storage failed, so no result can be acknowledged: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
         self._ledger.fail(error)
+
+
+def _stored_output(job: Job) -> Any:
+    try:
+        return job.stored_output
+    except Exception:  # noqa: BLE001 - a subclass's is user code; the job has failed by that already
+        return None

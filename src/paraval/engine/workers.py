@@ -324,11 +324,11 @@ class Workers:
 
     def _try_again(self, job: Job, pause: float) -> None:
         job._started, job._status = None, JobStatus.READY
+        self._ledger.started(-1)  # from now on it waits, first for its time and then for a worker
         self._deadlines.add(self._clock() + pause, lambda _now: self._requeue(job))
 
     def _requeue(self, job: Job) -> None:
         if job.id in self.settling.open and job.id not in self.settling.holders:
-            self._ledger.started(-1)
             self.queue.put_back([job])
             self._want_more()
 

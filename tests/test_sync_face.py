@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import csv
 import dataclasses
+import gc
 import importlib.util
 import math
 import pickle
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import partial
@@ -1443,3 +1445,79 @@ def test_a_callback_may_remove_itself(method: str) -> None:
         evaluator.submit(configurations(3))
         evaluator.gather("ALL")
     assert len(heard) == 3
+
+
+def test_a_thread_that_cannot_be_started_costs_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([True])
+    start = threading.Thread.start
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if thread.name == "paraval-job" and next(failures, False):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    with make("thread", double) as evaluator:
+        evaluator.submit(configurations(3))
+        jobs = evaluator.gather("ALL")
+    assert [job.error.kind for job in jobs if job.error] == ["worker_died"]
+    assert len(jobs) == 3
+
+
+class NamelessType(type):
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "__name__":
+            raise RuntimeError
+        return super().__getattribute__(name)
+
+
+class NamelessError(Exception, metaclass=NamelessType):
+    pass
+
+
+def test_an_exception_that_has_no_name(method: str) -> None:
+    def function(job: RunningJob) -> Any:
+        raise NamelessError
+
+    with make(method, function) as evaluator:
+        evaluator.submit(configurations(1))
+        (job,) = evaluator.gather("ALL")
+        assert job.error is not None
+        assert job.error.type == "Exception"
+
+
+def test_numbers_of_numpy_are_numbers(method: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    options = {"num_workers": numpy.int64(2), "job_timeout": numpy.float32(50), "kill_grace": numpy.int64(1)}
+    with make(method, double, **options) as evaluator:
+        evaluator.timeout = numpy.int64(50)
+        evaluator.set_maximum_num_jobs_submitted(numpy.int64(3))
+        with pytest.raises(MaximumJobsSpawnReached, match="maximum of 3 "):
+            evaluator.submit(configurations(4))
+        assert len(evaluator.gather("BATCH", numpy.int64(3))) == 3
+        with pytest.raises(ValueError, match="timeout must be"):
+            evaluator.timeout = 10**400
+
+
+def test_an_execute_that_forgets_to_return_the_job(method: str) -> None:
+    cls = type(make(method, double))
+
+    class Forgetful(cls):  # type: ignore[misc, valid-type] # a class that is found out here
+        async def execute(self, job: Job) -> Job:
+            await super().execute(job)
+            return None  # type: ignore[return-value] # the mistake
+
+    class Idle(cls):  # type: ignore[misc, valid-type] # likewise
+        async def execute(self, job: Job) -> Job:
+            return job
+
+    with Forgetful(make(method, double).run_function, job_class=HPOJob) as evaluator:
+        assert evaluator.evaluate({"x": 2}).objective == 4
+    with Idle(make(method, double).run_function, job_class=HPOJob) as evaluator:
+        job = evaluator.evaluate({"x": 2})
+        assert job.objective == "F_TypeError"
+        assert "execute()" in job.error.message
+    found = weakref.ref(evaluator)
+    del evaluator
+    gc.collect()
+    assert found() is None

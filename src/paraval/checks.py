@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from paraval.errors import BadValueError, WrongTypeError
@@ -16,6 +17,7 @@ __all__ = [
     "capture",
     "configuration",
     "configurations",
+    "count",
     "exception_types",
     "function_or_none",
     "int_or_none",
@@ -67,9 +69,11 @@ def callbacks(value: object) -> list[Any]:
 
 def int_or_none(name: str, value: object) -> int | None:
     """Take an int or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise WrongTypeError(f"{name} must be an int or None, not {value!r}")
-    return value
+    return int(value)
 
 
 def keywords(name: str, value: object) -> dict[str, Any]:
@@ -83,19 +87,30 @@ def keywords(name: str, value: object) -> dict[str, Any]:
 
 def positive_int(name: str, value: object) -> int:
     """Take a count of something."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise BadValueError(f"{name} must be a positive int, not {value!r}")
-    return value
+    return int(value)
+
+
+def count(name: str, value: object) -> int:
+    """Take a number of things, which may be none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise BadValueError(f"{name} must be a non-negative int, not {value!r}")
+    return int(value)
 
 
 def seconds(name: str, value: object, *, or_zero: bool) -> float:
     """Take a duration; NaN and infinity are none."""
     sign = "non-negative" if or_zero else "positive"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise WrongTypeError(f"{name} must be a {sign} number of seconds, not {value!r}")
-    if not 0 <= value < math.inf or (value == 0 and not or_zero):
+    try:
+        duration = float(value)
+    except OverflowError:
+        duration = math.inf
+    if not 0 <= duration < math.inf or (duration == 0 and not or_zero):
         raise BadValueError(f"{name} must be a {sign} number of seconds, not {value!r}")
-    return float(value)
+    return duration
 
 
 def capture(name: str, value: object, *, default: int) -> int | None:

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
@@ -197,7 +197,7 @@ class Evaluator(ReferenceNames, abc.ABC):
             job_timeout=self._job_timeout,
             batching=self._batching,
             max_attempts=max_attempts,
-            execute=self.execute if overridden else None,
+            execute=_execute_of(self) if overridden else None,
         )
         patience = self._spec.kill_grace + (_CLOSE_S if self._writer is None else _CLOSE_SLOWLY_S)
         self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, patience)
@@ -387,8 +387,7 @@ class Evaluator(ReferenceNames, abc.ABC):
             return self._ledger.when_all_done()
         if type_ != "BATCH":
             raise BadValueError(f"gather takes 'ALL' or 'BATCH', not {type_!r}")
-        if not isinstance(size, int) or size < 0:
-            raise BadValueError(f"size must be a non-negative int, not {size!r}")
+        size = checks.count("size", size)
         available = self._ledger.in_flight + self._ledger.ungathered
         if size > available > 0:
             warnings.warn(
@@ -435,7 +434,11 @@ class Evaluator(ReferenceNames, abc.ABC):
     # -- one job, private to its caller --------------------------------------------------------------------------------
 
     def evaluate(self, args: Args) -> Job:
-        """Run one job and wait for it. It never shows in another's ``gather``."""
+        """Run one job and wait for it. It never shows in another's ``gather``.
+
+        A job that waits for another one of its own evaluator keeps its worker meanwhile, and waits for ever when no
+        other worker is free: jobs of jobs belong to an evaluator of their own.
+        """
         self._life.refuse_after_fork()
         self._life.refuse_on_home("evaluate()", "evaluate_async()")
         gate = Gate()
@@ -732,6 +735,18 @@ class _Completed(AsyncIterator[Job]):
 
     async def aclose(self) -> None:
         """Do nothing: there is nothing to close, but ``contextlib.aclosing`` may be used on it."""
+
+
+def _execute_of(evaluator: Evaluator) -> Callable[[Job], Awaitable[Job]]:
+    found = weakref.ref(evaluator)
+
+    async def execute(job: Job) -> Job:
+        alive = found()
+        if alive is None:
+            raise UsageError("the evaluator is gone")
+        return await alive.execute(job)
+
+    return execute
 
 
 def _storage_of(storage: Storage | str | None) -> Storage:

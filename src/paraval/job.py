@@ -208,6 +208,8 @@ class Job:
                     error = error._replace(type="TypeError")
                 elif isinstance(exc, ValueError):
                     error = error._replace(type="ValueError")
+        elif error is None and self.output is None and isinstance(self, HPOJob):
+            error = JobError("exception", "execute() returned the job without an output", type="TypeError")
         if error is not None:
             self._set_error(error)
         if type(self) not in _OURS:

@@ -101,10 +101,14 @@ def error_from_exception(exc: BaseException) -> JobError:
         text = "".join(traceback.format_exception(exc))
     except BaseException:  # noqa: BLE001 - likewise for a broken __repr__ or __cause__
         text = None
+    try:
+        name = "".join([type(exc).__name__])  # noqa: FLY002 - exactly a str, as above
+    except BaseException:  # noqa: BLE001 - a metaclass may do anything
+        name = "Exception"
     return JobError(
         kind="exception",
         message=message,
-        type="".join([type(exc).__name__]),  # noqa: FLY002 - exactly a str, as above
+        type=name,
         traceback=text,
         host=_HOST,
         pid=os.getpid(),

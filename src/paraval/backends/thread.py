@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import anyio
 
-from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, outcome_of
+from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError, outcome_of
 from paraval.evaluator import Evaluator
 from paraval.job import Job, JobStatus
 from paraval.loops import Loop
-from paraval.outcome import Outcome
+from paraval.outcome import JobError, Outcome
 
 __all__ = ["ThreadPoolEvaluator"]
 
@@ -37,8 +37,13 @@ class ThreadSlot(Slot):
 
     async def run(self, batch: Batch) -> None:
         if self._thread is None:
-            self._thread = _JobThread(self._spec, self._inbox, self._hand_back)
-            self._thread.start()
+            thread = _JobThread(self._spec, self._inbox, self._hand_back)
+            try:
+                thread.start()
+            except RuntimeError as exc:  # the system has no more; the next batch tries anew
+                batch.take_all()  # it never got to them
+                raise WorkerDiedError(JobError("worker_died", f"no thread could be started: {exc}")) from exc
+            self._thread = thread
         self._returned = self._loop.event()
         self._inbox.put(batch)
         try:

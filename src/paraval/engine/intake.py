@@ -96,10 +96,12 @@ class Intake:
         self.num_submitted = 0
         self.most: int | None = None
         self._holds = False
+        self._limit: int | None = None
 
     def limit(self, most: int | None, since: int) -> None:
         """Allow so many jobs (None: any number), beyond the ``since`` first."""
         self.most = None if most is None else most + since
+        self._limit = most
 
     def close(self) -> None:
         """Have all written, and say that the owner of the jobs is gone; another launch says that it is back."""
@@ -139,7 +141,7 @@ class Intake:
             raise
         if count < wanted:
             self._ledger.release(wanted - count)
-            raise MaximumJobsSpawnReached(f"the maximum of {limit} jobs was reached")
+            raise MaximumJobsSpawnReached(f"the maximum of {self._limit} jobs was reached")
         return jobs
 
     def _launch_all(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:

@@ -374,7 +374,8 @@ async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch, s
     if job is None:
         return
     try:
-        outcome = Outcome(await execute(job))
+        returned = await execute(job)
+        outcome = Outcome(job if returned is None and job.output is not None else returned)  # it forgot its return
     except WorkerDiedError:
         raise  # the worker's end, not a failure of what overrides execute
     except BaseException as exc:  # noqa: BLE001 - an overridden execute is user code

@@ -1,4 +1,4 @@
-"""Who takes part: paraval, DeepHyper, and the bare ThreadPoolExecutor, each used as its own documentation does.
+"""Who takes part: paraval, DeepHyper, joblib and the bare executors, each used as its own documentation does.
 
 Run-functions stand at module level, as DeepHyper wants them; each side gets the same work to do.
 """
@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any, Literal, Protocol, Self
 
-__all__ = ["BareThreadPool", "Contestant", "Evaluator", "Method", "deephyper", "noop", "noop_async", "paraval"]
+__all__ = [
+    "BareLoky",
+    "BareProcessPool",
+    "BareThreadPool",
+    "Contestant",
+    "Evaluator",
+    "Joblib",
+    "Method",
+    "deephyper",
+    "noop",
+    "noop_async",
+    "paraval",
+]
 
-Method = Literal["serial", "thread"]
+Method = Literal["serial", "thread", "process", "loky"]
 
 
 def noop(job: Any) -> float:  # noqa: ARG001 - the work is to do nothing
-    """Do nothing; for threads."""
+    """Do nothing; for threads and processes."""
     return 1.0
 
 
@@ -87,11 +99,11 @@ class Evaluator:
         self.evaluator.close()
 
 
-def paraval(method: Method, workers: int = 2, function: Callable[..., Any] | None = None) -> Evaluator:
-    """Make a paraval evaluator with its defaults."""
+def paraval(method: Method, workers: int = 2, function: Callable[..., Any] | None = None, **settings: Any) -> Evaluator:
+    """Make a paraval evaluator with its defaults, but for some settings."""
     from paraval import Evaluator as ParavalEvaluator
 
-    made = ParavalEvaluator.create(function or run_function(method), method, {"num_workers": workers})
+    made = ParavalEvaluator.create(function or run_function(method), method, {"num_workers": workers, **settings})
     return Evaluator(made, workers)
 
 
@@ -103,11 +115,11 @@ def deephyper(method: Method, workers: int = 2, function: Callable[..., Any] | N
     return Evaluator(made, workers)
 
 
-class BareThreadPool:
-    """``concurrent.futures.ThreadPoolExecutor`` with nothing around it."""
+class _BareExecutor:
+    """A ``concurrent.futures`` executor with nothing around it."""
 
-    def __init__(self, workers: int = 2) -> None:
-        self._executor = ThreadPoolExecutor(workers)
+    def __init__(self, executor: Executor, workers: int) -> None:
+        self._executor = executor
         self._workers = workers
 
     def __enter__(self) -> Self:
@@ -116,7 +128,7 @@ class BareThreadPool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def flood(self, jobs: int) -> float:  # noqa: D102
+    def flood(self, jobs: int) -> float:
         configurations = [{"x": number} for number in range(jobs)]
         submit = self._executor.submit
         start = time.perf_counter()
@@ -126,7 +138,7 @@ class BareThreadPool:
         _expect(jobs, len(results))
         return seconds / jobs
 
-    def loop(self, jobs: int) -> float:  # noqa: D102
+    def loop(self, jobs: int) -> float:
         submit = self._executor.submit
         pending: set[Future[float]] = {submit(noop, {"x": number}) for number in range(self._workers)}
         count = 0
@@ -140,8 +152,58 @@ class BareThreadPool:
         _expect(self._workers, len(wait(pending).done))
         return seconds / count
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         self._executor.shutdown()
+
+
+class BareThreadPool(_BareExecutor):
+    """``concurrent.futures.ThreadPoolExecutor``."""
+
+    def __init__(self, workers: int = 2) -> None:
+        super().__init__(ThreadPoolExecutor(workers), workers)
+
+
+class BareProcessPool(_BareExecutor):
+    """``concurrent.futures.ProcessPoolExecutor``, with the start method that is the platform's own."""
+
+    def __init__(self, workers: int = 2) -> None:
+        super().__init__(ProcessPoolExecutor(workers), workers)
+
+
+class BareLoky(_BareExecutor):
+    """Loky's executor."""
+
+    def __init__(self, workers: int = 2) -> None:
+        from loky import ProcessPoolExecutor as LokyExecutor
+
+        super().__init__(LokyExecutor(workers), workers)
+
+
+class Joblib:
+    """``joblib.Parallel`` with its defaults: processes of loky, and batches that size themselves."""
+
+    def __init__(self, workers: int = 2) -> None:
+        from joblib import Parallel
+
+        self._parallel = Parallel(n_jobs=workers).__enter__()  # as a context: the workers stay for the next call
+
+    def flood(self, jobs: int) -> float:  # noqa: D102
+        from joblib import delayed
+
+        configurations = [{"x": number} for number in range(jobs)]
+        call = delayed(noop)
+        start = time.perf_counter()
+        results = self._parallel(call(configuration) for configuration in configurations)
+        seconds = time.perf_counter() - start
+        _expect(jobs, len(results))
+        return seconds / jobs
+
+    def loop(self, jobs: int) -> float:
+        """Joblib has no such loop: it gives results when all are there."""
+        raise NotImplementedError
+
+    def close(self) -> None:  # noqa: D102
+        self._parallel.__exit__(None, None, None)
 
 
 def _expect(wanted: int, got: int) -> None:

@@ -117,7 +117,7 @@ class Row:
 
 def environment(*, quick: bool) -> dict[str, Any]:
     """Say where and with what the figures were made."""
-    packages = ("paraval", "anyio", "msgspec", "deephyper", "numpy")
+    packages = ("paraval", "anyio", "msgspec", "deephyper", "numpy", "joblib", "loky", "trio")
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "quick": quick,
@@ -143,8 +143,9 @@ def show(rows: Sequence[Row], where: dict[str, Any]) -> None:
     """Print the table: with rich where it is installed, else as plain text."""
     versions = where["versions"]
     print(
-        f"paraval {versions['paraval'] or '(not installed: from source)'} beside deephyper {versions['deephyper']} "
-        f"and concurrent.futures; Python {platform.python_version()}, {where['cpu_count']} CPUs"
+        f"paraval {versions['paraval'] or '(not installed: from source)'} beside deephyper {versions['deephyper']}, "
+        f"joblib {versions['joblib']}, loky {versions['loky']} and concurrent.futures; "
+        f"Python {platform.python_version()}, {where['cpu_count']} CPUs"
     )
     lines = [_cells(row) for row in rows]
     try:

@@ -96,7 +96,9 @@ class Elsewhere:
         return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal; wait for its end if that ends it."""
+        """Send it a signal; wait for its end if that ends it, and until it is stopped if that stops it."""
         os.kill(self._process.pid, number)
+        if number is signal.SIGSTOP:
+            os.waitpid(self._process.pid, os.WUNTRACED)
         if number is signal.SIGKILL:
             self._process.wait(WAIT_S)

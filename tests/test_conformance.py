@@ -6,18 +6,19 @@ import itertools
 import pickle
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from elsewhere import Elsewhere
-from paraval.storage import MemoryStorage, SharedMemoryStorage, SqliteStorage, Storage
+from paraval.storage import JobChange, MemoryStorage, SharedMemoryStorage, SqliteStorage, Storage
 from paraval.testing import StorageConformance, storage_machine
 from paraval.worker.storage import PipeStorage
+from support import run_program
 
 AT_RANDOM = settings(max_examples=30, stateful_step_count=20)
 
@@ -66,7 +67,7 @@ class TestSharedMemoryStorageInAnotherProcess(StorageConformance):
 
 def test_shared_memory_at_random(elsewhere: Elsewhere) -> None:
     machine = storage_machine(elsewhere.make)
-    run_state_machine_as_test(machine, settings=settings(AT_RANDOM, max_examples=15))
+    run_state_machine_as_test(machine, settings=settings(AT_RANDOM, max_examples=10))
 
 
 class TestSqliteStorage(StorageConformance):
@@ -104,7 +105,56 @@ def crashed(storage: Storage) -> Storage:
 def test_sqlite_at_random(tmp_path: Path) -> None:
     numbers = itertools.count()
     machine = storage_machine(lambda: SqliteStorage(tmp_path / f"{next(numbers)}.db"), crashed)
-    run_state_machine_as_test(machine, settings=settings(AT_RANDOM, max_examples=15))
+    run_state_machine_as_test(machine, settings=settings(AT_RANDOM, max_examples=10))
+
+
+class Careless(MemoryStorage):
+    """It gives jobs away that have changed, changes what is another's, and stores what was to be refused."""
+
+    def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
+        return super().adopt({record.id: record.revision for record in self.get(revisions)}, owner)
+
+    def update(self, changes: Sequence[JobChange]) -> None:
+        for change in changes:
+            change.by = None
+            super().update([change])
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        StorageConformance.test_a_job_that_has_changed_is_not_adopted,
+        StorageConformance.test_a_change_by_another_than_the_owner_is_left_out,
+        StorageConformance.test_changes_are_made_all_or_none,
+    ],
+)
+def test_the_suite_catches_a_careless_storage(test: Any) -> None:
+    storage = Careless()
+    with pytest.raises(AssertionError):
+        test(StorageConformance(), storage, storage.new_search())
+
+
+def test_the_machine_catches_a_careless_storage() -> None:
+    quickly = settings(max_examples=100, stateful_step_count=20, phases=[Phase.generate])
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(storage_machine(Careless), settings=quickly)
+
+
+@pytest.mark.parametrize(("name", "module"), [("StorageConformance", "pytest"), ("storage_machine", "hypothesis")])
+def test_without_what_it_needs_it_names_the_extra(name: str, module: str) -> None:
+    program = run_program(
+        f"""
+        import sys
+        sys.modules[{module!r}] = None  # as if it were not installed
+        try:
+            from paraval.testing import {name}
+        except ImportError as exc:
+            print(type(exc).__name__, exc)
+        """
+    )
+    assert program.stdout == [
+        f"MissingExtraError paraval.testing.{name} needs {module}: pip install 'paraval[testing]'"
+    ]
 
 
 class TestPipeStorage(StorageConformance):

@@ -355,13 +355,16 @@ def test_a_long_series_leaves_nothing_open(host: Host) -> None:
             assert len(jobs) == count
             assert sorted(job.args["x"] for job in jobs if job.failed) == list(range(0, count, 10))
             inside = {job.output for job in jobs if job.args["x"] % 100 == 1}
-            return len(open_files()), set(threading.enumerate()), inside
+            # A submit that took long has the next ones made in threads, which anyio keeps for a while.
+            threads = {thread for thread in threading.enumerate() if not thread.name.startswith("AnyIO")}
+            return len(open_files()), threads, inside
 
         files, threads, inside = a_round(1000)
         files_after, threads_after, inside_after = a_round(20_000)
     assert files_after <= files
     assert threads_after <= threads
-    assert inside_after <= inside
+    workers = {pid for pid, _, _ in inside}  # one of them may have had nothing to do in the short round
+    assert {found for found in inside_after if found[0] in workers} <= inside
     assert set(storage.terminal.values()) == {1}
 
 

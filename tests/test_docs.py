@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,15 +120,38 @@ asyncio.run(cell())
 """
 
 
-@pytest.mark.parametrize("block", list(programs()))
-def test_a_program_runs_as_it_stands(block: Block, tmp_path: Path) -> None:
-    for package in re.findall(r"^# needs: (\w+)$", block.code, re.MULTILINE):
-        pytest.importorskip(package)
-    file = tmp_path / "program.py"
+def printed_by(block: Block, folder: Path) -> str:
+    file = folder / "program.py"
     file.write_text(block.code, encoding="utf-8")
     is_cell = re.search(r"^(\w+ = )?(await|async with|async for) ", block.code, re.MULTILINE)
     command: list[str | Path] = [sys.executable, "-W", "error", *(["-c", CELL] if is_cell else []), file]
-    assert_shown(block, run(*command, cwd=tmp_path).stdout)
+    return run(*command, cwd=folder).stdout
+
+
+@pytest.fixture(scope="module")
+def printed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Block, Future[str]]]:
+    """Run all programs that are to be tested: several at a time, as most of them wait for most of their time."""
+    wanted = [item.callspec.params.get("block") for item in request.session.items if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(3) as pool:
+        yield {
+            block: pool.submit(printed_by, block, tmp_path_factory.mktemp("program"))
+            for block in wanted
+            if isinstance(block, Block) and not missing(block)
+        }
+
+
+def missing(block: Block) -> list[str]:
+    needed = re.findall(r"^# needs: (\w+)$", block.code, re.MULTILINE)
+    return [package for package in needed if importlib.util.find_spec(package) is None]
+
+
+@pytest.mark.parametrize("block", list(programs()))
+def test_a_program_runs_as_it_stands(block: Block, printed: dict[Block, Future[str]]) -> None:
+    if missing(block):
+        pytest.skip(f"not installed: {missing(block)}")
+    assert_shown(block, printed[block].result())
 
 
 @has_command_line

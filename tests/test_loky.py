@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -23,7 +22,7 @@ pytest.importorskip("loky", reason="the extra 'loky' brings it")
 import loky
 
 import runfunctions
-from paraval import Evaluator, HPOJob, Job, JobStatus, LokyEvaluator, ParavalError, RunningJob
+from paraval import Evaluator, Job, JobStatus, LokyEvaluator, ParavalError, RunningJob
 from paraval.storage import MemoryStorage
 from runfunctions import Flags, double, sometimes_wrong, wrong_configuration
 from support import CountingStorage, configurations, outputs, soon, until, until_async
@@ -199,55 +198,7 @@ def test_the_time_of_a_job_begins_when_its_worker_is_ready() -> None:
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
-DEADLY = {"exit": (runfunctions.EXIT_CODE, None), "kill": (None, signal.SIGKILL), "segfault": (None, signal.SIGSEGV)}
-
-
-def _sync(evaluator: Evaluator, args_list: list[dict[str, Any]]) -> None:
-    with evaluator:
-        evaluator.submit(args_list)
-        evaluator.gather("ALL")
-
-
-def _at_home_on(backend: str) -> Callable[[Evaluator, list[dict[str, Any]]], None]:
-    async def main(evaluator: Evaluator, args_list: list[dict[str, Any]]) -> None:
-        async with evaluator:
-            await evaluator.submit_async(args_list)
-            await soon(evaluator.gather_async("ALL"))
-
-    def face(evaluator: Evaluator, args_list: list[dict[str, Any]]) -> None:
-        anyio.run(main, evaluator, args_list, backend=backend)
-
-    return face
-
-
-FACES = {"sync": _sync, "asyncio": _at_home_on("asyncio"), "trio": _at_home_on("trio")}
-
-
-@pytest.mark.parametrize("face", FACES)
-def test_each_crash_is_one_failure(face: str) -> None:
-    if face == "trio":
-        pytest.importorskip("trio", reason="the extra 'trio' brings it")
-    crashes = [(place, kind) for place in ("argument", "running", "result") for kind in (*DEADLY, "raise")]
-    args_list: list[dict[str, Any]] = []
-    for number, (place, kind) in enumerate(crashes):
-        args_list += [wrong_configuration(place, kind), {"x": number}]
-    storage = CountingStorage()
-    evaluator = make(sometimes_wrong, num_workers=2, storage=storage, job_class=HPOJob)
-    FACES[face](evaluator, args_list)
-    assert len(evaluator.jobs) == len(args_list)
-    for job, (_, kind) in zip(evaluator.jobs[::2], crashes, strict=True):
-        assert job.error is not None
-        if kind in DEADLY:
-            assert job.error.kind == "worker_died"
-            assert (job.error.exit_code, job.error.signal) == DEADLY[kind]
-            assert job.error.pid not in (None, os.getpid())
-        else:
-            assert job.error.kind == "exception"
-            assert "it went wrong" in job.error.message
-    innocent = evaluator.jobs[1::2]
-    assert errors(innocent) == []
-    assert [job.output["objective"] for job in innocent] == [2 * number for number in range(len(crashes))]
-    assert set(storage.terminal.values()) == {1}
+# (What each crash does is in test_crashes.)
 
 
 def test_a_crash_among_jobs_that_were_sent_ahead() -> None:

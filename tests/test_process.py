@@ -29,7 +29,7 @@ from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
 from paraval.backends.process import ProcessPoolEvaluator
 from paraval.storage import JobRecord, MemoryStorage, UnknownIdError
 from runfunctions import AsyncScaler, Flags, Scaler, append_one, async_double, double, echo, scaled
-from support import CountingStorage, configurations, outputs, soon, until, until_async
+from support import WAIT_S, CountingStorage, Latch, configurations, outputs, soon, until, until_async
 from workers import by_x, children, errors, is_alive, listening, no_process_left_behind, open_files, timed_out
 
 pytestmark = [
@@ -708,6 +708,67 @@ def test_what_cannot_cross_is_an_error_of_the_call_and_costs_nothing_else() -> N
         assert job.storage.load_job(job.id)["metadata"]["key"] == "fine"
 
 
+class SlowStorage(OtherProcessStorage):
+    """Does not answer before the test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_called = Latch()
+        self.may_answer = threading.Event()
+
+    def get_value(self, search_id: str, key: str) -> Any:
+        self.was_called.open()
+        assert self.may_answer.wait(WAIT_S)
+        return "late"
+
+
+def asking(flags: Flags) -> Callable[[RunningJob], Any]:
+    """Make a run-function whose job 0 asks the storage."""
+
+    def function(job: RunningJob) -> Any:
+        flags.put(f"pid-{job['x']}", os.getpid())
+        return [job.storage.load_search_value("0", "key"), job.stopped()] if job["x"] == 0 else job["x"]
+
+    return function
+
+
+def test_a_kill_does_not_wait_for_a_slow_storage(flags: Flags) -> None:
+    storage = SlowStorage()
+    with make(asking(flags), storage=storage, job_timeout=0.2, kill_grace=0.2) as evaluator:
+        evaluator.submit(configurations(2))
+        (job,) = evaluator.gather("BATCH", 1)
+        assert timed_out(job)
+        assert "did not stop" not in str(job.error)
+        gone(flags, "pid-0")
+        storage.may_answer.set()
+        assert outputs(evaluator.gather("ALL")) == [1]
+
+
+def test_a_close_does_not_wait_for_a_slow_storage(flags: Flags) -> None:
+    storage = SlowStorage()
+    with make(asking(flags), storage=storage, kill_grace=0.2) as evaluator:
+        evaluator.submit(configurations(2))
+        storage.was_called.wait()
+        stopped = evaluator.close()
+        assert len(stopped) == 2
+        assert "did not stop" not in str([job.error for job in stopped])
+        gone(flags, "pid-0")
+        storage.may_answer.set()
+        evaluator.submit([{"x": 2}])
+        assert outputs(evaluator.gather("ALL")) == [2]
+
+
+def test_a_job_that_is_asked_to_stop_still_has_the_reply_to_its_call(flags: Flags) -> None:
+    storage = SlowStorage()
+    with make(asking(flags), storage=storage, job_timeout=0.2, kill_grace=WAIT_S) as evaluator:
+        evaluator.submit(configurations(1))
+        until(lambda: evaluator.jobs[0].status is JobStatus.CANCELLING)
+        storage.may_answer.set()
+        (job,) = evaluator.gather("ALL")
+        assert timed_out(job)
+        assert job.metadata["returned"] == ["late", True]
+
+
 def test_objects_of_local_classes_can_be_stored_from_a_job() -> None:
     class Note:
         def __init__(self, text: str) -> None:
@@ -1235,6 +1296,20 @@ async def test_aclose_ends_running_jobs(flags: Flags) -> None:
         await until_async(lambda: flags.up("pid-0") and flags.up("pid-1"))
         assert len(await soon(evaluator.aclose())) == 3
         gone(flags, "pid-0", "pid-1", "sleeper-0", "sleeper-1")
+
+
+@pytest.mark.anyio
+@two_loops
+async def test_a_kill_does_not_wait_for_a_slow_storage_async(flags: Flags) -> None:
+    storage = SlowStorage()
+    async with make(asking(flags), storage=storage, kill_grace=0.2) as evaluator:
+        async with anyio.create_task_group() as group:
+            group.start_soon(evaluator.evaluate_async, {"x": 0})
+            await soon(storage.was_called.opened())
+            group.cancel_scope.cancel()
+        gone(flags, "pid-0")
+        storage.may_answer.set()
+        assert (await soon(evaluator.evaluate_async({"x": 1}))).output == 1
 
 
 @pytest.mark.anyio

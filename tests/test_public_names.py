@@ -45,6 +45,7 @@ PUBLIC = {
     "paraval.callback": {"CSVLoggerCallback", "Callback", "LoggerCallback", "SearchEarlyStopping", "TqdmCallback"},
     "paraval.errors": {
         "BadValueError",
+        "CorruptStoreError",
         "EvaluatorClosedError",
         "ForkedError",
         "JobFailedError",
@@ -53,10 +54,25 @@ PUBLIC = {
         "MissingExtraError",
         "ParavalError",
         "StorageError",
+        "StoreAccessError",
+        "StoreUnreachableError",
         "UsageError",
+        "WrongStoreError",
         "WrongTypeError",
     },
-    "paraval.storage": {"JobChange", "JobRecord", "MemoryStorage", "NullStorage", "Storage", "UnknownIdError"},
+    "paraval.storage": {
+        "JobChange",
+        "JobRecord",
+        "MemoryStorage",
+        "NullStorage",
+        "RedisStorage",
+        "SharedMemoryStorage",
+        "SqliteStorage",
+        "Storage",
+        "UnknownIdError",
+        "UnstorableError",
+        "open_storage",
+    },
 }
 
 

@@ -312,6 +312,16 @@ def test_a_store_that_is_collected_serves_no_more(elsewhere: Elsewhere) -> None:
         client.new_search()
 
 
+def test_a_store_that_was_closed_is_not_served_by_a_fork(storage: SharedMemoryStorage) -> None:
+    storage.new_search()
+    storage.close()
+    with pytest.raises(StorageError, match="has closed it"):
+        in_fork(storage.search_ids)
+    assert serving_threads() == []
+    pickle.dumps(storage)
+    assert in_fork(storage.search_ids) == ["0"]
+
+
 def test_a_store_that_was_closed_can_be_sent_again(storage: SharedMemoryStorage, elsewhere: Elsewhere) -> None:
     storage.close()
     old = elsewhere.client(storage)
@@ -343,6 +353,19 @@ def test_a_program_ends_while_others_are_connected() -> None:
     assert program.code == 0
     assert program.stdout[0] == "0"
     assert program.stderr == ""
+
+
+def test_where_there_can_be_no_more_threads_it_cannot_be_sent(
+    storage: SharedMemoryStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(StorageError, match="can't start new thread"):
+        pickle.dumps(storage)
+    monkeypatch.undo()
+    assert pickle.loads(pickle.dumps(storage)) is storage  # noqa: S301 - made in the line itself
 
 
 # -- who may come ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import random
 import shutil
 import sqlite3
 import stat
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from paraval import ParavalError
 from paraval.errors import CorruptStoreError, StorageError, WrongStoreError
 from paraval.storage import JobChange, JobRecord, UnknownIdError
-from paraval.storage.sqlite import SqliteStorage, opening
+from paraval.storage.sqlite import SqliteStorage, layout, opening
 from paraval.storage.sqlite.database import _registry
 from paraval.storage.sqlite.filesystem import network_file_system
 from paraval.testing.comparing import fields, same
@@ -227,7 +226,7 @@ def test_an_older_layout_is_migrated(path: Path) -> None:
         assert storage.owners() == set()
         storage.renew("me", 100)
     assert same(contents(path), before)
-    assert raw(path, "PRAGMA user_version") == [(len(opening.SCHEMA),)] == [(2,)]
+    assert raw(path, "PRAGMA user_version") == [(len(layout.SCHEMA),)] == [(2,)]
     with SqliteStorage(path) as storage:
         assert storage.owners() == {"me"}
 
@@ -235,13 +234,13 @@ def test_an_older_layout_is_migrated(path: Path) -> None:
 def test_the_layout_of_the_first_version_is_as_it_was(path: Path) -> None:
     """A store of the first version may be anywhere by now: what made it must not change."""
     with closing(sqlite3.connect(path)) as connection:
-        for statement in opening.SCHEMA[0]:
+        for statement in layout.SCHEMA[0]:
             connection.execute(statement)
-        layout = {
+        columns = {
             name: [(column[1], column[2]) for column in connection.execute(f"PRAGMA table_info({name})")]
             for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         }
-    assert layout == {
+    assert columns == {
         "searches": [("id", "INTEGER")],
         "search_values": [("search", "INTEGER"), ("key", "TEXT"), ("value", "BLOB")],
         "jobs": [("id", "INTEGER"), ("changed", "INTEGER"), ("owner", "TEXT"), ("log", "BLOB")],
@@ -349,7 +348,7 @@ def test_what_another_writes_ahead_is_not_written_by_a_version_that_must_not(
 ) -> None:
     program = f"""
         import sys, time
-        from paraval.storage.sqlite import SqliteStorage, opening
+        from paraval.storage.sqlite import SqliteStorage, layout, opening
         opening.has_sound_wal = lambda version: True
         storage = SqliteStorage({str(path)!r})
         storage.new_search()
@@ -465,7 +464,7 @@ def assert_intact_or_named(path: Path, expected: list[Any], what: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_bits_that_flip_are_noticed(tmp_path: Path, path: Path, seed: int) -> None:
     fill(path)
     expected = contents(path)
@@ -530,7 +529,7 @@ def test_a_crash_while_a_store_is_made_is_no_damage(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = PERSIST")
         connection.execute("BEGIN IMMEDIATE")
-        for statement in opening.SCHEMA[0]:
+        for statement in layout.SCHEMA[0]:
             connection.execute(statement)
         left = path.with_name("left.db")
         for ending in ("", "-journal"):
@@ -560,7 +559,7 @@ def test_a_crash_while_a_store_is_made_is_no_damage(path: Path) -> None:
         ("UPDATE search_values SET value = zeroblob(50)", "the value 'key 0' of search '0' cannot be read"),
         ("UPDATE leases SET owner = x'80'", "is damaged: it holds b'.x80' in place of str"),
         ("UPDATE leases SET owner = CAST(x'80' AS TEXT)", "a text in it is none"),
-        ("DROP TABLE earlier_logs", "it lacks earlier_logs"),
+        ("DROP TABLE earlier_logs", "it lacks earlier_logs, or has it in another form"),
         ("PRAGMA user_version = 0", "its layout is 0"),
     ],
 )
@@ -577,7 +576,7 @@ def test_a_job_that_is_missing_is_damage_and_one_that_never_was_is_unknown(path:
     fill(path)
     raw(path, "DELETE FROM jobs WHERE id = 5")
     with SqliteStorage(path) as storage:
-        with pytest.raises(CorruptStoreError, match="job '0.5' is missing, though there are later ones"):
+        with pytest.raises(CorruptStoreError, match=r"job '0\.5' is missing, though there are later ones"):
             storage.get(["0.5"])
         with pytest.raises(UnknownIdError):
             storage.get(["0.120"])
@@ -609,7 +608,8 @@ def test_nothing_that_is_stored_is_ever_executed(path: Path) -> None:
         import pathlib, sys
 
         heard = []
-        sys.addaudithook(lambda event, args: heard.append(event) if event.startswith(("pickle", "marshal", "os.system", "exec", "compile", "subprocess")) else None)
+        bad = ("pickle", "marshal", "os.system", "exec", "compile", "subprocess")
+        sys.addaudithook(lambda event, args: heard.append(event) if event.startswith(bad) else None)
 
         from paraval.errors import ParavalError
         from paraval.storage import JobChange
@@ -656,7 +656,7 @@ def test_nothing_that_is_stored_is_ever_executed(path: Path) -> None:
                 for protocol in range(6):
                     data = pickle.dumps(Canary(sung), protocol)
                     try:
-                        connection.execute(f"UPDATE OR IGNORE {table} SET {column} = {value}", (data,))
+                        connection.execute(f"UPDATE OR IGNORE {table} SET {column} = {value}", (data,))  # noqa: S608
                     except sqlite3.Error:  # an id is an int
                         break
                 connection.commit()
@@ -667,4 +667,3 @@ def test_nothing_that_is_stored_is_ever_executed(path: Path) -> None:
     assert not sung.exists()
     os.system(pickle.loads(pickle.dumps(Canary(sung))) or "true")  # noqa: S301, S605 - to see that the canary can sing
     assert sung.exists()
-    assert sys.version_info

@@ -96,6 +96,15 @@ def test_an_output_that_is_the_file_on_stdin(command_line: CommandLine) -> None:
     assert not (command_line.directory / "good.csv.1").exists()
 
 
+def test_an_output_that_is_the_file_of_stdout(command_line: CommandLine) -> None:
+    with (command_line.directory / "both.csv").open("w") as file:
+        process = command_line.start(*RUN, "--output", "both.csv", stdout=file)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert stderr.startswith("paraval: error: --output both.csv is the file of stdout")
+    assert not (command_line.directory / "both.csv.1").exists()
+
+
 def test_a_pipe_that_nobody_reads(command_line: CommandLine) -> None:
     os.mkfifo(command_line.directory / "pipe")
     done = command_line.run(*RUN, "--output", "pipe")

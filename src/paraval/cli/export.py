@@ -13,11 +13,12 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 import msgspec
 
+from paraval.cli.storages import FORMATS
 from paraval.cli.stored import in_order, outputs_are_objectives, parameters_of, status_of
 from paraval.csvfile import CSVPathError, sink_at
 from paraval.csvlog import _cell
@@ -25,9 +26,7 @@ from paraval.errors import MissingExtraError
 from paraval.outcome import is_failure
 from paraval.storage import JobRecord
 
-__all__ = ["FORMATS", "Destination", "in_format"]
-
-FORMATS: Final = ("csv", "json", "jsonl", "parquet")
+__all__ = ["Destination", "in_format"]
 
 
 class Destination:

@@ -41,7 +41,7 @@ def print_jobs(storage: Storage, search_ids: Sequence[str], statuses: Collection
     Args:
         storage: where they are.
         search_ids: of the searches to show.
-        statuses: which to show (of ``STATUSES``); none: all.
+        statuses: which to show: names in lower case, and ``"failed"``; none: all.
         limit: how many at most, the newest; 0: all.
     """
     console = output_console()

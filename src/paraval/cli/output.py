@@ -32,8 +32,8 @@ HURRY: Final = 0.5
 
 
 def is_stdout(path: str) -> bool:
-    """Whether the results are to go where stdout goes: ``-``, and ``/dev/stdout`` where that is no regular file."""
-    if path == "-":
+    """Whether the results are to go where stdout goes: ``-``, ``/dev/stdout``, and any other name of the same pipe."""
+    if path in {"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}:
         return True
     try:
         there, here = os.stat(path), os.fstat(STDOUT)  # noqa: PTH116 - beside os.fstat

@@ -204,6 +204,7 @@ def _prepare(options: _Options, *, results_on_stdout: bool) -> _Prepared:
         _refuse_what_needs_a_program(registry.method(options.method))  # first, as it takes no time
     if not results_on_stdout:
         _refuse_to_replace(options.output, "--configs", "/dev/stdin" if options.file == "-" else options.file)
+        _refuse_to_replace(options.output, "stdout", "/dev/stdout")
     configs = read_configs(options.file)
     run_function = load_target(options.target)
     if not results_on_stdout and (source := file_of(run_function)) is not None:
@@ -284,7 +285,7 @@ def _refuse_what_needs_a_program(method: Any) -> None:
 
 
 def _refuse_to_replace(output: str, what: str, path: str) -> None:
-    """Refuse an output that is an input: it would be renamed, and a file of results would take its place."""
+    """Refuse an output that is in use: it would be renamed, and a file of results would take its place."""
     try:
         same = Path(output).samefile(path)
     except (OSError, ValueError):  # one of them does not exist yet, or cannot

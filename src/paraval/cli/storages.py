@@ -11,10 +11,10 @@ import click
 if TYPE_CHECKING:
     from paraval.storage import Storage
 
-__all__ = ["export", "jobs", "searches"]
+__all__ = ["FORMATS", "export", "jobs", "searches"]
 
 _STATUSES = ("ready", "running", "done", "cancelling", "cancelled", "failed")
-_FORMATS = ("csv", "json", "jsonl", "parquet")
+FORMATS = ("csv", "json", "jsonl", "parquet")
 
 
 @click.command(short_help="List the jobs in a storage.")
@@ -66,7 +66,7 @@ def searches(storage: str) -> None:
     "-f",
     "--format",
     "form",
-    type=click.Choice(_FORMATS, case_sensitive=False),
+    type=click.Choice(FORMATS, case_sensitive=False),
     help="[default: the one that FILE ends with, or csv]",
 )
 @click.option("-o", "--output", metavar="FILE", default="-", show_default=True, help="Where to; - for stdout.")

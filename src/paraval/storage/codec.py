@@ -89,7 +89,17 @@ def encode_record(record: JobRecord) -> bytes:
     stored = _StoredRecord(*msgspec.structs.astuple(record))
     if record.error is not None:
         stored.error = encode_error(record.error)
-    return _RECORD_VERSION + _encode_struct(stored, _RECORD_PARTS)
+    # A job that is submitted has nothing but arguments: it is not looked at part by part.
+    is_plain = (
+        record.kwargs is None
+        and record.out is None
+        and record.error is None
+        and record.metadata is None
+        and record.objectives is None
+        and record.extra is None
+        and _is_plain(record.args)
+    )
+    return _RECORD_VERSION + _encode_struct(stored, _RECORD_PARTS, is_plain=is_plain)
 
 
 def decode_record(data: bytes | bytearray) -> JobRecord:
@@ -118,17 +128,23 @@ def encode_change(change: JobChange) -> bytes:
     Raises:
         UnstorableError: there is something in it that cannot be kept; the message gives the way to it.
     """
+    out, error, metadata = change.out, change.error, change.metadata
     stored = _StoredChange(
-        change.status,
-        change.args,
-        change.kwargs,
-        change.out,
-        encode_error(change.error) if isinstance(change.error, JobError) else change.error,
-        change.metadata,
-        change.intermediate,
-        change.extra,
+        change.status, change.args, change.kwargs, out, error, metadata, change.intermediate, change.extra
     )
-    return _encode_struct(stored, _CHANGE_PARTS)
+    if type(error) is JobError:
+        stored.error = encode_error(error)
+    # A job that has ended has an output and metadata: it is not looked at part by part.
+    is_plain = (
+        change.args is UNSET
+        and change.kwargs is UNSET
+        and type(error) is not JobError
+        and change.intermediate is None
+        and change.extra is None
+        and (metadata is None or _is_plain(metadata))
+        and _is_plain(out)
+    )
+    return _encode_struct(stored, _CHANGE_PARTS, is_plain=is_plain)
 
 
 def decode_change(data: bytes | bytearray) -> JobChange:
@@ -185,7 +201,8 @@ def key_of(function: str | None, args: Mapping[str, Any]) -> bytes:
             return _sorting_encoder.encode((function, args))
     except (OverflowError, UnicodeEncodeError, TypeError):
         pass  # as above; and the encoder sorts no keys but str
-    return _sorting_encoder.encode(_Plain("configuration", canonical=True).of((function, args)))
+    plain = _Plain("configuration", canonical=True)
+    return _sorting_encoder.encode((plain.of(function), plain.of(args)))
 
 
 class _StoredRecord(msgspec.Struct, omit_defaults=True, gc=False):
@@ -256,10 +273,10 @@ _RECORD_PARTS: Final = _Parts(
 )
 
 
-def _encode_struct(stored: msgspec.Struct, parts: _Parts) -> bytes:
-    """Write a struct some of whose fields may hold anything."""
+def _encode_struct(stored: msgspec.Struct, parts: _Parts, *, is_plain: bool) -> bytes:
+    """Write a struct some of whose fields may hold anything; ``is_plain`` if they are known not to."""
     try:
-        if _is_plain(parts.of(stored)):
+        if is_plain or _is_plain(parts.of(stored)):
             return _encoder.encode(stored)
     except (OverflowError, UnicodeEncodeError, TypeError):
         pass  # as above; and UNSET is plain as a field of the struct, but not deeper

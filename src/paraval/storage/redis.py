@@ -178,8 +178,7 @@ class RedisStorage(Storage):
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         lengths, body = joined([frame_of_record(record) for record in records])
         _refuse_beyond(len(body), f"what was given of {len(records)} jobs")
-        owners = packed(once([mark(record.owner) for record in records]))
-        number, revision = self._run(scripts.ADD, as_bytes(search_id), owners, lengths, body)
+        number, revision = self._run(scripts.ADD, as_bytes(search_id), lengths, body)
         for record in records:
             record.id, record.revision = f"{search_id}.{number}", revision
             number += 1

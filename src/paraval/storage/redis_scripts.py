@@ -13,10 +13,13 @@ The keys of a storage whose prefix is ``P``:
 ``P:session:X``           string     the last write of connection X and its answer; it expires
 ========================= ========== ===============================================================================
 
-A job is stored as what happened to it, one frame after the other (see ``redis_frames``), and whoever reads it applies
-the changes: a write then sends what has changed and reads nothing, and the server need not understand a record. The
-head in front says what the server must know: the revision (6 bytes), the number of parts (4), the owner (2 for its
-length, then a mark and its name; nothing for nobody).
+A job is stored as what happened to it, one frame after the other (see ``redis_frames``), each followed by its revision
+(6 bytes); whoever reads it applies the changes. So a write sends what has changed and reads nothing, and the server
+need not understand a record. A head in front says what it must know: the number of parts that were written before (4
+bytes), and the owner (2 for its length, then a mark and its name; nothing for nobody).
+
+Lua keeps each string once. Older servers look for it among those whose last byte, and few others, are the same, so what
+is long should end in different ways. A revision does, and so does a check sum.
 
 A write whose answer was lost is sent again. Each connection numbers its writes, and the server remembers the last one
 with its answer, in the same step: the second copy is answered, not executed.
@@ -41,6 +44,7 @@ __all__ = [
     "OWNERS",
     "PUT_VALUE",
     "RENEW",
+    "REVISION_SIZE",
     "SCAN",
     "SCHEMA",
     "SEARCHES",
@@ -48,8 +52,9 @@ __all__ = [
 ]
 
 SCHEMA: Final = 1
-HEAD: Final = struct.Struct(">HIIH")
-"""The head of a job: revision (two bytes and four, as there is no format of six), parts, length of the owner."""
+HEAD: Final = struct.Struct(">IH")
+"""The head of a job: how many parts, and the length of its owner, who follows."""
+REVISION_SIZE: Final = 6
 
 
 class Script:
@@ -113,7 +118,7 @@ end
 # One read of a job: its value, or a table of it and its parts.
 _WHOLE = """
 local function whole(parts, number, value)
-  local _, count = struct.unpack('>I6I4', value)
+  local count = struct.unpack('>I4', value)
   if count == 0 then return value end
   local all = {value}
   for k = 0, count - 1 do
@@ -145,23 +150,21 @@ return done({'ok', id})
     writes=True,
 )
 
-# search, owners (one for all, or one for each), lengths of the frames, frames -> first number, first revision
+# search, lengths of the jobs (a head and a frame each), the jobs -> first number, first revision
 ADD = Script(
     _MANY,
     _SEARCH,
     """
 local failure, jobs, log, parts, number, revision = search(ARGV[4])
 if failure then return failure end
-local owners, lengths, frames = cmsgpack.unpack(ARGV[5]), cmsgpack.unpack(ARGV[6]), ARGV[7]
+local lengths, frames = cmsgpack.unpack(ARGV[5]), ARGV[6]
 local answer = {'ok', number, revision + 1}
 local new, changed, from = {}, {}, 1
 local sub, pack = string.sub, struct.pack
-for i, owner in ipairs(owners) do owners[i] = pack('>I4I2', 0, #owner) .. owner end
 for i = 1, #lengths do
   revision = revision + 1
   local to = from + lengths[i]
-  new[2 * i - 1] = number
-  new[2 * i] = pack('>I6', revision) .. (owners[i] or owners[1]) .. sub(frames, from, to - 1)
+  new[2 * i - 1], new[2 * i] = number, sub(frames, from, to - 1) .. pack('>I6', revision)
   changed[i] = number
   number, from = number + 1, to
 end
@@ -200,9 +203,9 @@ for a = 5, #ARGV, 5 do
         frame = sub(frames, from, from + lengths[i] - 1)
         from = from + lengths[i]
       end
-      local seen, count, owner, start = read('>I6I4I2c0', value)
       local condition = conditions[i] or conditions[1]
-      if condition == '' or condition == owner or condition == seen then
+      local count, owner, start = read('>I4I2c0', value)
+      if condition == '' or condition == owner or condition == read('>I6', value, #value - 5) then
         revision = revision + 1
         changed[#changed + 1] = number
         if not at then
@@ -210,10 +213,10 @@ for a = 5, #ARGV, 5 do
           new[at - 1], place[number] = number, at
         end
         if heir == '' and #value < 16384 then
-          new[at] = pack('>I6', revision) .. sub(value, 7) .. frame
+          new[at] = value .. frame .. pack('>I6', revision)
         else
           local body = sub(value, start)
-          if #body >= 16384 then
+          if #value >= 16384 then
             if #sealed == 0 then call('HLEN', parts) end
             sealed[#sealed + 1] = number .. '.' .. count
             sealed[#sealed + 1] = body
@@ -223,7 +226,7 @@ for a = 5, #ARGV, 5 do
             owner = heir
             ids[#ids + 1] = id .. '.' .. number
           end
-          new[at] = pack('>I6I4I2', revision, count, #owner) .. owner .. body .. frame
+          new[at] = pack('>I4I2', count, #owner) .. owner .. body .. frame .. pack('>I6', revision)
         end
       end
     end
@@ -279,7 +282,7 @@ end
 local values, found = call('HMGET', jobs, unpack(numbers)), {}
 for i, number in ipairs(numbers) do
   if not values[i] then return {'lost', ARGV[1]} end
-  if struct.unpack('>I6', values[i]) <= to then
+  if struct.unpack('>I6', values[i], #values[i] - 5) <= to then
     local value = whole(parts, number, values[i])
     if not value then return {'lost', ARGV[1]} end
     found[#found + 1] = number

@@ -141,16 +141,19 @@ def _arrive(address: str) -> SharedMemoryStorage:
 
 def _before_fork() -> None:
     sockets.serving.acquire()  # so that no connection is half accepted
-    for storage in list(_owners):
-        if isinstance(storage._link, Server):
-            storage._link.bind()
+    for server in _servers():
+        server.bind()
 
 
 def _after_fork_in_parent() -> None:
     sockets.serving.release()
-    for storage in list(_owners):
-        if isinstance(storage._link, Server):
-            storage._link.start()
+    for server in _servers():
+        server.start()
+
+
+def _servers() -> list[Server]:
+    links = [storage._link for storage in list(_owners)]
+    return [link for link in links if isinstance(link, Server) and not link.is_closed]
 
 
 def _after_fork_in_child() -> None:

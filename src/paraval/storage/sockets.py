@@ -1,7 +1,6 @@
 """Calls of a storage over Unix-domain sockets: the server where the storage is, and the connections of who calls it.
 
-A frame is a length (8 bytes) and MessagePack: ``[method, arguments]`` one way; ``[None, result]``, or the name of an
-exception and its message, the other. Records and values are in it as bytes, each written by the codec on its own.
+A frame is a length (8 bytes) and what :mod:`paraval.storage.calls` makes of a call, or of its reply.
 """
 
 from __future__ import annotations
@@ -14,14 +13,11 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Final, Self
 
-from paraval import errors
-from paraval.storage import base
+from paraval.errors import StorageError
+from paraval.storage import calls
 from paraval.storage.base import Storage
-from paraval.storage.codec import decode, decode_change, decode_record, encode, encode_change, encode_record
-from paraval.storage.records import JobChange
 
 __all__ = ["Connections", "Server", "serving"]
 
@@ -46,33 +42,28 @@ class Server:
         storage: answers at once.
 
     Attributes:
+        is_closed: whether it was closed, and not started since.
         address: of the socket; empty while there is none. On Linux it begins with a null character: it is no file.
     """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self.address = ""
+        self.is_closed = False
         self._folder: str | None = None
         self._listener: socket.socket | None = None
         self._bell: socket.socket | None = None
         self._connections: set[socket.socket] = set()
 
-    def bind(self) -> None:
-        """Have an address; whoever calls it waits until ``start``."""
+    def bind(self) -> socket.socket:
+        """Have an address; whoever calls it waits until ``start``. Give the socket."""
         with serving:
             if self._listener is not None:
-                return
+                return self._listener
             listener = socket.socket(socket.AF_UNIX)
             try:
                 listener.setblocking(False)
-                name = f"paraval-{os.urandom(16).hex()}"
-                if _HAS_ABSTRACT:
-                    address = f"\0{name}"
-                else:
-                    import tempfile  # here: only some systems need it
-
-                    self._folder = tempfile.mkdtemp(prefix="paraval-")  # closed to other users
-                    address = f"{self._folder}/storage"
+                address = self._new_address()
                 listener.bind(address)
                 listener.listen(_BACKLOG)
             except BaseException:
@@ -80,20 +71,28 @@ class Server:
                 self._remove_folder()
                 raise
             self._listener, self.address = listener, address
+            return listener
 
-    def start(self) -> str:
-        """Answer from now on; give the address."""
+    def start(self) -> None:
+        """Answer from now on.
+
+        Raises:
+            StorageError: there can be no more sockets or threads.
+        """
         with serving:
-            self.bind()
-            if self._bell is None and self._listener is not None:
-                self._bell, ringing = socket.socketpair()
-                arguments = (self._listener, ringing)
-                threading.Thread(target=self._accept, args=arguments, name="paraval-shared", daemon=True).start()
-            return self.address
+            try:
+                listener = self.bind()
+                if self._bell is None:
+                    self._start_accepting(listener)
+            except (OSError, RuntimeError) as exc:
+                self.close()
+                raise StorageError(f"a SharedMemoryStorage cannot be shared: {exc}") from exc
+            self.is_closed = False
 
     def close(self) -> None:
         """Answer no more. It may be started again, at another address."""
         with serving:
+            self.is_closed = True
             listener, self._listener = self._listener, None
             bell, self._bell = self._bell, None
             if listener is not None:
@@ -113,6 +112,25 @@ class Server:
         for held in (self._listener, self._bell, *self._connections):
             if held is not None and (number := held.detach()) >= 0:  # to close it would wait for whoever reads from it
                 os.close(number)
+
+    def _new_address(self) -> str:
+        if _HAS_ABSTRACT:
+            return f"\0paraval-{os.urandom(16).hex()}"
+        import tempfile  # here: only some systems need it
+
+        self._folder = tempfile.mkdtemp(prefix="paraval-")  # closed to other users
+        return f"{self._folder}/storage"
+
+    def _start_accepting(self, listener: socket.socket) -> None:
+        bell, ringing = socket.socketpair()
+        try:
+            arguments = (listener, ringing)
+            threading.Thread(target=self._accept, args=arguments, name="paraval-shared", daemon=True).start()
+        except BaseException:
+            bell.close()
+            ringing.close()
+            raise
+        self._bell = bell
 
     def _remove_folder(self) -> None:
         folder, self._folder = self._folder, None
@@ -159,7 +177,7 @@ class Server:
         try:
             with _Stream(connection) as stream:
                 while (request := stream.receive()) is not None:
-                    stream.send(_answer(self._storage, request))
+                    stream.send(calls.answer(self._storage, request))
         except (OSError, MemoryError, OverflowError):  # the other end has gone in the middle, or is none of ours
             pass
         finally:
@@ -190,25 +208,22 @@ class Connections:
         Raises:
             StorageError: nobody is there.
         """
-        request = encode([method, _PACK.get(method, list)(args)], "request")
+        request = calls.request(method, args)
         stream = self._idle_stream() or _connected(self.address)
         try:
             stream.send(request)
             reply = stream.receive()
         except OSError as exc:
             stream.close()
-            raise errors.StorageError(_GONE) from exc
+            raise StorageError(_GONE) from exc
         except BaseException:  # an interrupt: the reply would be taken for that of the next call
             stream.close()
             raise
         if reply is None:
             stream.close()
-            raise errors.StorageError(_GONE)
+            raise StorageError(_GONE)
         self._keep(stream)
-        error, value = decode(reply)
-        if error is not None:
-            raise _exception(error, value)
-        return _UNPACK_RESULT.get(method, _as_it_is)(value)
+        return calls.result(method, reply)
 
     def close(self) -> None:
         """Hang up. The next call connects again."""
@@ -278,10 +293,10 @@ def _connected(address: str) -> _Stream:
         is_ours = _is_same_user(connection)
     except OSError as exc:
         connection.close()
-        raise errors.StorageError(_GONE) from exc
+        raise StorageError(_GONE) from exc
     if not is_ours:
         connection.close()
-        raise errors.StorageError("the process that holds this SharedMemoryStorage runs under another user")
+        raise StorageError("the process that holds this SharedMemoryStorage runs under another user")
     return _Stream(connection)
 
 
@@ -291,79 +306,3 @@ def _is_same_user(connection: socket.socket) -> bool:
         return True
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return bool(_CREDENTIALS.unpack(found)[1] == os.geteuid())
-
-
-# -- calls -------------------------------------------------------------------------------------------------------------
-
-_METHODS: Final = frozenset({*Storage.__abstractmethods__, "is_connected"})
-_EXCEPTIONS: Final[dict[str, type[errors.ParavalError]]] = {
-    cls.__name__: cls
-    for module in (errors, base)
-    for cls in vars(module).values()
-    if isinstance(cls, type) and issubclass(cls, errors.ParavalError) and not issubclass(cls, ExceptionGroup)
-}
-
-
-def _answer(storage: Storage, request: bytes) -> bytes:
-    try:
-        return encode([None, _result(storage, request)], "reply")
-    except Exception as exc:  # noqa: BLE001 - it is raised again where it belongs
-        return encode([type(exc).__name__, str(exc)], "reply")
-
-
-def _result(storage: Storage, request: bytes) -> Any:
-    method, packed = decode(request)
-    if method not in _METHODS:
-        raise errors.UsageError(f"a storage that is called from another process has no method {method!r}")
-    args = _UNPACK.get(method, _as_it_is)(packed)
-    value = getattr(storage, method)(*args)
-    if method == "insert":
-        return [record.id for record in args[1]]
-    return _PACK_RESULT.get(method, _as_it_is)(value)
-
-
-def _exception(name: str, message: str) -> errors.ParavalError:
-    cls = _EXCEPTIONS.get(name)
-    if cls is None:
-        return errors.StorageError(f"the process that holds this SharedMemoryStorage raised {name}: {message}")
-    return cls(message)
-
-
-def _pack_change(change: JobChange) -> list[Any]:
-    return [change.id, change.by, encode_change(change)]
-
-
-def _unpack_change(packed: list[Any]) -> JobChange:
-    job_id, by, data = packed
-    change = decode_change(data)
-    change.id, change.by = job_id, by
-    return change
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-_Translation = dict[str, Callable[[Any], Any]]
-_PACK: Final[_Translation] = {
-    "insert": lambda args: [args[0], [encode_record(record) for record in args[1]]],
-    "update": lambda args: [[_pack_change(change) for change in args[0]]],
-    "put_value": lambda args: [args[0], args[1], encode(args[2], "value of the search")],
-}
-_UNPACK: Final[_Translation] = {
-    "insert": lambda args: [args[0], [decode_record(data) for data in args[1]]],
-    "update": lambda args: [[_unpack_change(packed) for packed in args[0]]],
-    "put_value": lambda args: [args[0], args[1], decode(args[2])],
-}
-_PACK_RESULT: Final[_Translation] = {
-    "get": lambda records: [encode_record(record) for record in records],
-    "scan": lambda result: [[encode_record(record) for record in result[0]], result[1]],
-    "get_value": lambda value: encode(value, "value of the search"),
-    "owners": sorted,
-    "adopt": sorted,
-}
-_UNPACK_RESULT: Final[_Translation] = {
-    "get": lambda records: [decode_record(data) for data in records],
-    "scan": lambda result: ([decode_record(data) for data in result[0]], result[1]),
-    "get_value": decode,
-}

@@ -38,6 +38,7 @@ def __getattr__(name: str) -> Any:
     if needed == "pytest":
         import pytest
 
-        pytest.register_assert_rewrite("paraval.testing.conformance")  # so that a failure shows what was compared
+        parts = ("conformance", "keeping", "asking", "sharing")
+        pytest.register_assert_rewrite(*(f"paraval.testing.{part}" for part in parts))  # a failure shows what differs
     value = globals()[name] = getattr(importlib.import_module(f"paraval.testing.{module}"), name)
     return value

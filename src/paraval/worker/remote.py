@@ -208,6 +208,34 @@ class _LiveJob(Job):
         """Take no notice: the driver knows."""
 
 
+class _StorageOfJob:
+    """Gives a job its storage, when its run-function asks for it.
+
+    Args:
+        job_id: the job.
+        args: its arguments.
+        loaded: knows the driver's store; None where that cannot be had: on another machine.
+
+    Attributes:
+        notebook: what it was given, where it could not be given the store; or None.
+    """
+
+    def __init__(self, job_id: str, args: Any, loaded: _Loaded | None) -> None:
+        self.notebook: Notebook | None = None
+        self._job_id = job_id
+        self._args = args
+        self._loaded = loaded
+
+    def __call__(self) -> Storage:
+        if self._loaded is not None and (store := self._loaded.storage) is not None:
+            return store
+        if self.notebook is None:
+            from paraval.worker.notebook import Notebook  # here: most jobs never ask for their storage
+
+            self.notebook = Notebook(self._job_id, self._args)
+        return self.notebook
+
+
 class _Call:
     """One call. Two may run side by side, in threads."""
 
@@ -233,20 +261,7 @@ class _Call:
 
     def _run(self, place: int, job_id: str, args: Any) -> Done:
         loaded = self._loaded
-        notebook: Notebook | None = None
-
-        def storage() -> Storage:
-            nonlocal notebook
-            # Only on the driver's machine, where the board can be seen, a store is what it is there.
-            store = None if self._board is None else loaded.storage
-            if store is not None:
-                return store
-            if notebook is None:
-                from paraval.worker.notebook import Notebook  # here: most jobs never ask for their storage
-
-                notebook = Notebook(job_id, args)
-            return notebook
-
+        storage: _StorageOfJob | None = None
         pid = os.getpid()
         error: tuple[Any, ...] | None = None
         value: Any = None
@@ -258,7 +273,9 @@ class _Call:
             job = _LiveJob(job_id, args, loaded.function)
             job.board, job.place = self._board, place
             job.context = loaded.context
-            job.storage = storage  # type: ignore[assignment] # made when the run-function asks for it
+            # The board tells that this is the driver's machine, where a store is what it is there.
+            storage = _StorageOfJob(job_id, args, None if self._board is None else loaded)
+            job.storage = storage  # type: ignore[assignment] # called when the run-function asks for it
             value = loaded.function(job.create_running_job(loaded.stopper), **loaded.kwargs)
             if loaded.is_async:
                 value = self._complete(value, job)
@@ -270,7 +287,7 @@ class _Call:
         try:
             if not is_plain(value):
                 value = Sealed(dumps(value, "the result"))
-            if notebook is not None:
+            if storage is not None and (notebook := storage.notebook) is not None:
                 notes = Sealed(dumps((notebook.changes, notebook.values), "what the job stored"))
         except PicklingFailed as exc:
             error = (*JobError("exception", str(exc), type="PicklingError"), False)

@@ -1,8 +1,8 @@
 """A storage in a SQLite file: durable, with nothing to install and no server to run.
 
 ``storage``: the storage itself. ``database``: one file as this process has it open: whose turn it is, transactions,
-forks. ``opening``: what is at a path, journal modes, the layout and its versions. ``rows``: the statements. ``logs``:
-what the row of a job holds. ``failures``: SQLite's errors in our words.
+forks. ``opening``: what is at a path, and journal modes. ``layout``: the tables, their versions. ``rows``: the
+statements. ``logs``: what the row of a job holds. ``failures``: SQLite's errors in our words.
 """
 
 from paraval.storage.sqlite.storage import SqliteStorage

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from paraval.errors import ParavalError, StorageError
-from paraval.storage.sqlite.failures import SQLITE_ERRORS, LockedError, explained, leaves_doubt
-from paraval.storage.sqlite.opening import connect, locate, look, until_free
+from paraval.storage.sqlite.failures import SQLITE_ERRORS, explained, leaves_doubt
+from paraval.storage.sqlite.opening import connect, locate, look
+from paraval.storage.sqlite.waiting import LockedError, until_free
 
 __all__ = ["ClosedError", "Database"]
 
@@ -195,7 +196,7 @@ class Database:
                 write.run(connection)
             is_committing = True
             until_free(lambda: connection.execute("COMMIT"), self._path, self._patience_s)
-        except sqlite3.Error:
+        except SQLITE_ERRORS:
             is_committing = False
             raise
         finally:

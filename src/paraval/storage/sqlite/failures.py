@@ -9,7 +9,7 @@ from typing import Final
 from paraval.errors import CorruptStoreError, ParavalError, StorageError, WrongStoreError
 from paraval.storage.base import UnstorableError
 
-__all__ = ["SQLITE_ERRORS", "LockedError", "explained", "is_busy", "leaves_doubt"]
+__all__ = ["SQLITE_ERRORS", "explained", "leaves_doubt"]
 
 _MESSAGES: Final[dict[int, tuple[type[ParavalError], str]]] = {
     sqlite3.SQLITE_FULL: (StorageError, "there is no room for more; make some, then go on: nothing stored is lost"),
@@ -33,8 +33,8 @@ _MESSAGES: Final[dict[int, tuple[type[ParavalError], str]]] = {
 }
 
 
-SQLITE_ERRORS: Final = (sqlite3.Error, UnicodeEncodeError)
-"""What the methods of a connection raise: its own errors, and what becomes of a text that is none."""
+SQLITE_ERRORS: Final = (sqlite3.Error, UnicodeError)
+"""What the methods of a connection raise: its own errors, and what becomes of texts that are none, on both ways."""
 _DOUBTFUL: Final = {
     sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_CANTOPEN,
@@ -42,10 +42,6 @@ _DOUBTFUL: Final = {
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_NOTADB,
 }
-
-
-class LockedError(StorageError):
-    """Somebody else had the file locked for longer than we wait."""
 
 
 def explained(exc: Exception, path: Path) -> ParavalError:
@@ -56,18 +52,12 @@ def explained(exc: Exception, path: Path) -> ParavalError:
         kind, message = CorruptStoreError, "a part of its layout is missing; take a copy of it from before"
     elif isinstance(exc, UnicodeEncodeError):
         kind, message = UnstorableError, "an owner or a key has half a character in it; give it whole ones"
-    elif code is None and "decode" in str(exc):
+    elif isinstance(exc, UnicodeError) or (code is None and "decode" in str(exc)):
         kind, message = CorruptStoreError, "it is damaged: a text in it is none; take a copy of it from before"
     name = getattr(exc, "sqlite_errorname", type(exc).__name__)
-    error = kind(f"the store {str(path)!r}: {message} ({name}: {exc})")
+    error = kind(f"the store {str(path)!r}: {message} ({name}: {' '.join(str(exc).split())})")
     error.__cause__ = exc
     return error
-
-
-def is_busy(exc: sqlite3.Error) -> bool:
-    """Whether somebody else has the file locked just now."""
-    code = getattr(exc, "sqlite_errorcode", None)
-    return code is not None and code & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 
 
 def leaves_doubt(exc: Exception) -> bool:

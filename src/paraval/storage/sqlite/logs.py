@@ -7,6 +7,7 @@ log. A frame has a checksum, into which goes the id of its row: SQLite itself do
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import Any, Final
 from zlib import crc32
 
@@ -14,9 +15,10 @@ from paraval.errors import CorruptStoreError
 from paraval.storage.codec import decode, decode_change, decode_record, encode
 from paraval.storage.records import JobRecord
 
-__all__ = ["DamageError", "frame", "read_log", "sealed", "unsealed"]
+__all__ = ["DamageError", "frame", "frames", "read_log", "sealed", "unsealed"]
 
 _HEAD: Final = struct.Struct(">II")  # the length of what follows, and its checksum
+_pack: Final = _HEAD.pack
 
 
 class DamageError(CorruptStoreError):
@@ -25,7 +27,12 @@ class DamageError(CorruptStoreError):
 
 def frame(data: bytes, row: int) -> bytes:
     """Give the frame around encoded bytes that belongs into this row."""
-    return _HEAD.pack(len(data), crc32(data, row & 0xFFFFFFFF)) + data
+    return _pack(len(data), crc32(data, row & 0xFFFFFFFF)) + data
+
+
+def frames(datas: Iterable[bytes], first_row: int) -> list[bytes]:
+    """Give the frames around encoded bytes, for one row after the other."""
+    return [_pack(len(data), crc32(data, row & 0xFFFFFFFF)) + data for row, data in enumerate(datas, first_row)]
 
 
 def read_log(log: bytes, row: int) -> JobRecord:
@@ -34,12 +41,12 @@ def read_log(log: bytes, row: int) -> JobRecord:
     Raises:
         DamageError: it is not as it was written.
     """
-    frames = _frames(log, row)
-    if not frames:
+    datas = _unframed(log, row)
+    if not datas:
         raise DamageError("it has no record")
     try:
-        record = decode_record(frames[0])
-        for data in frames[1:]:
+        record = decode_record(datas[0])
+        for data in datas[1:]:
             decode_change(data).apply_to(record)
     except CorruptStoreError as exc:
         raise DamageError(str(exc)) from exc
@@ -61,16 +68,16 @@ def unsealed(data: bytes) -> Any:
     Raises:
         DamageError: it is not as it was written.
     """
-    frames = _frames(data, 0)
-    if len(frames) != 1:
+    datas = _unframed(data, 0)
+    if len(datas) != 1:
         raise DamageError("it is not one value")
     try:
-        return decode(frames[0])
+        return decode(datas[0])
     except CorruptStoreError as exc:
         raise DamageError(str(exc)) from exc
 
 
-def _frames(log: bytes, row: int) -> list[bytes]:
+def _unframed(log: bytes, row: int) -> list[bytes]:
     if type(log) is not bytes:  # a column of SQLite may hold anything
         raise DamageError(f"it is {log!r:.80}")
     found = []

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from paraval.storage.base import UnknownIdError
-from paraval.storage.sqlite.logs import DamageError
+from paraval.storage.sqlite.logs import DamageError, frame
 
 __all__ = [
     "BITS",
@@ -51,25 +51,25 @@ _DIGITS: Final = 13
 
 _SEARCH: Final = """
 SELECT
-    (SELECT id FROM jobs WHERE id BETWEEN ?1 << 40 AND (?1 + 1 << 40) - 1 ORDER BY id DESC LIMIT 1),
-    (SELECT changed FROM jobs WHERE changed BETWEEN ?1 << 40 AND (?1 + 1 << 40) - 1 ORDER BY changed DESC LIMIT 1)
-FROM searches WHERE id = ?1
+    (SELECT id FROM jobs WHERE id BETWEEN :first AND :last ORDER BY id DESC LIMIT 1),
+    (SELECT changed FROM jobs WHERE changed BETWEEN :first AND :last ORDER BY changed DESC LIMIT 1)
+FROM searches WHERE id = :search
 """
 # Each number of the array is 2**31 times the place of a piece in the blob, plus its length.
 _INSERT: Final = """
 INSERT INTO jobs (id, changed, owner, log)
-SELECT ?1 + key, ?2 + key, ?3, substr(?4, (value >> 31) + 1, value & 2147483647) FROM json_each(?5)
+SELECT :row + key, :change + key, :owner, substr(:blob, (value >> 31) + 1, value & 2147483647) FROM json_each(:places)
 """
 # A piece is the number of the job in decimal digits, and what is added to its log.
 _PIECES: Final = f"""
 INSERT INTO jobs (id, changed, owner, log)
 SELECT
-    (?1 << 40) + CAST(substr(?4, (value >> 31) + 1, {_DIGITS}) AS INTEGER), ?2 + key, ?3,
-    substr(?4, (value >> 31) + 1 + {_DIGITS}, (value & 2147483647) - {_DIGITS})
-FROM json_each(?5) WHERE true
+    :first + CAST(substr(:blob, (value >> 31) + 1, {_DIGITS}) AS INTEGER), :change + key, :owner,
+    substr(:blob, (value >> 31) + 1 + {_DIGITS}, (value & 2147483647) - {_DIGITS})
+FROM json_each(:places) WHERE true
 ON CONFLICT (id) DO UPDATE SET changed = excluded.changed
 """  # noqa: S608 - made of constants
-_APPEND: Final = f"{_PIECES}, log = CAST(log || excluded.log AS BLOB) WHERE ?3 IS NULL OR owner = ?3"
+_APPEND: Final = f"{_PIECES}, log = CAST(log || excluded.log AS BLOB) WHERE :owner IS NULL OR owner = :owner"
 _REPLACE: Final = f"{_PIECES}, owner = excluded.owner, log = excluded.log"
 _PUT_ASIDE: Final = """
 INSERT INTO earlier_logs SELECT id, changed, log FROM jobs
@@ -104,7 +104,8 @@ class Search(NamedTuple):
         number = int(search_id) if search_id.isdecimal() and len(search_id) < _DIGITS else _SEARCHES
         found = None
         if number < _SEARCHES and str(number) == search_id:
-            found = connection.execute(_SEARCH, (number,)).fetchone()
+            first = number << BITS
+            found = connection.execute(_SEARCH, {"search": number, "first": first, "last": first + _MOST}).fetchone()
         if found is None:
             known = search_ids(connection) or "none"
             raise UnknownIdError(f"no search {search_id!r} in this storage; it has {known}")
@@ -139,8 +140,8 @@ def search_ids(connection: sqlite3.Connection) -> list[str]:
         DamageError: one is missing.
     """
     found = [number for (number,) in connection.execute("SELECT id FROM searches ORDER BY id")]
-    last_row = connection.execute("SELECT id FROM jobs ORDER BY id DESC LIMIT 1").fetchone() or (-1,)
-    if found != list(range(len(found))) or last_row[0] >> BITS >= len(found):
+    last_row = connection.execute("SELECT id FROM jobs ORDER BY id DESC LIMIT 1").fetchone()
+    if found != list(range(len(found))) or (last_row is not None and last_row[0] >> BITS >= len(found)):
         raise DamageError(f"of its searches, only {found} are there")
     return [str(number) for number in found]
 
@@ -180,15 +181,15 @@ def insert(connection: sqlite3.Connection, search: Search, owner: str | None, lo
     """Add jobs; give where the search goes on then."""
     row, change = search.next_row, search.next_change
     for some in _parts(logs):
-        connection.execute(_INSERT, (row, change, owner, *_packed(some)))
+        connection.execute(_INSERT, {"row": row, "change": change, "owner": owner, **_packed(some)})
         row, change = row + len(some), change + len(some)
     put_aside(connection, [search.next_row + index for index, log in enumerate(logs) if len(log) > LONG])
     return Search(search.number, row, change)
 
 
-def piece(row: int, frames: bytes) -> bytes:
-    """Give what :func:`append` and :func:`replace` take for a job."""
-    return b"%013d" % (row & _MOST) + frames
+def piece(row: int, data: bytes) -> bytes:
+    """Give what :func:`append` and :func:`replace` take for a job, from encoded bytes."""
+    return b"%013d%b" % (row & _MOST, frame(data, row))
 
 
 def append(connection: sqlite3.Connection, search: Search, owner: str | None, pieces: Sequence[bytes]) -> Search:
@@ -219,9 +220,9 @@ def put_aside(connection: sqlite3.Connection, rows: Sequence[int]) -> None:
 def _write_pieces(
     connection: sqlite3.Connection, statement: str, search: Search, owner: str | None, pieces: Sequence[bytes]
 ) -> Search:
-    change = search.next_change
+    first, change = search.number << BITS, search.next_change
     for some in _parts(pieces):
-        connection.execute(statement, (search.number, change, owner, *_packed(some)))
+        connection.execute(statement, {"first": first, "change": change, "owner": owner, **_packed(some)})
         change += len(some)
     return Search(search.number, search.next_row, change)
 
@@ -238,14 +239,14 @@ def _parts(blobs: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
         yield blobs[start:]
 
 
-def _packed(blobs: Sequence[bytes]) -> tuple[bytes, str]:
+def _packed(blobs: Sequence[bytes]) -> dict[str, bytes | str]:
     places = []
     start = 0
     for blob in blobs:
         length = len(blob)
         places.append(start << 31 | length)
         start += length
-    return b"".join(blobs), _json(places)
+    return {"blob": b"".join(blobs), "places": _json(places)}
 
 
 def _json(numbers: Sequence[int]) -> str:
@@ -270,7 +271,11 @@ def rows_by_change(connection: sqlite3.Connection, search: Search, since: int, l
         "SELECT id, changed, owner, log FROM jobs WHERE changed > ? AND changed <= ? ORDER BY changed LIMIT ?",
         (first + min(max(since, 0), _MOST), first + _MOST, limit),
     )
-    return _whole(connection, found.fetchall())
+    changed = _whole(connection, found.fetchall())
+    for row in changed:
+        if row.id >> BITS != search.number:
+            raise DamageError(f"its index of changes leads from search {search.number} to job {job_id(row.id)!r}")
+    return changed
 
 
 def _whole(connection: sqlite3.Connection, found: list[tuple[Any, ...]]) -> list[Row]:

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
@@ -22,7 +21,7 @@ from paraval.storage.codec import encode_change, encode_record
 from paraval.storage.records import JobChange, JobRecord, adopt
 from paraval.storage.sqlite import rows
 from paraval.storage.sqlite.database import ClosedError, Database
-from paraval.storage.sqlite.logs import DamageError, frame, read_log, sealed, unsealed
+from paraval.storage.sqlite.logs import DamageError, frames, read_log, sealed, unsealed
 from paraval.storage.sqlite.rows import Row, Search, job_id, piece, revision_of, row_id
 
 __all__ = ["SqliteStorage"]
@@ -141,12 +140,14 @@ class SqliteStorage(Storage):
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
-        encoded = [(record.owner, encode_record(record)) for record in records]
+        encoded = [encode_record(record) for record in records]
+        owners = [(owner, len(list(group))) for owner, group in groupby(record.owner for record in records)]
 
         def call(connection: sqlite3.Connection) -> Search:
             before = search = Search.look_up(connection, search_id)
-            for owner, group in groupby(encoded, itemgetter(0)):
-                logs = [frame(data, row) for row, (_, data) in enumerate(group, search.next_row)]
+            for owner, count in owners:
+                start = search.next_row - before.next_row
+                logs = frames(encoded[start : start + count], search.next_row)
                 search = rows.insert(connection, search, owner, logs)
             return before
 
@@ -158,14 +159,7 @@ class SqliteStorage(Storage):
             number += 1
 
     def update(self, changes: Sequence[JobChange]) -> None:
-        groups: list[_Changes] = []
-        group = None
-        for change in changes:
-            row = row_id(change.id)
-            if group is None or row >> rows.BITS != group.search or change.by != group.by:
-                group = _Changes(row >> rows.BITS, change.by)
-                groups.append(group)
-            group.add(row, change)
+        groups = _grouped(changes)
 
         def call(connection: sqlite3.Connection) -> None:
             searches = {group.search: Search.look_up(connection, str(group.search)) for group in groups}
@@ -233,7 +227,7 @@ class SqliteStorage(Storage):
                     record = self._record(row)
                     adopt(record, owner)
                     record.id, record.revision = "", 0
-                    pieces.append(rows.piece(row.id, frame(encode_record(record), row.id)))
+                    pieces.append(piece(row.id, encode_record(record)))
                 rows.replace(connection, Search.look_up(connection, str(number)), owner, pieces)
             return {job_id(row.id) for row in unchanged}
 
@@ -275,31 +269,50 @@ class SqliteStorage(Storage):
 
 
 class _Changes:
-    """Changes of jobs of one search, under one condition, as they come one after the other."""
+    """Changes of jobs of one search, under one condition, as they come one after the other.
+
+    Attributes:
+        search: the number of the search.
+        by: the condition.
+        pieces: what is added to the logs.
+        last: the last of the rows.
+        grown: the rows whose logs may become long.
+    """
+
+    __slots__ = ("by", "grown", "last", "pieces", "search")
 
     def __init__(self, search: int, by: str | None) -> None:
         self.search = search
         self.by = by
-        self._pieces: list[bytes] = []
-        self._grown: list[int] = []
-        self._last = 0
-
-    def add(self, row: int, change: JobChange) -> None:
-        data = encode_change(change)
-        self._pieces.append(piece(row, frame(data, row)))
-        self._last = max(self._last, row)
-        if change.status is UNSET or len(data) > rows.LONG:  # a note, of which there may be many
-            self._grown.append(row)
+        self.pieces: list[bytes] = []
+        self.grown: list[int] = []
+        self.last = 0
 
     def check(self, search: Search) -> None:
         """Raise if there is no such job; the jobs of a search are numbered without a gap."""
-        if self._last >= search.next_row:
-            raise UnknownIdError(f"no job {job_id(self._last)!r} in this storage")
+        if self.last >= search.next_row:
+            raise UnknownIdError(f"no job {job_id(self.last)!r} in this storage")
 
     def write(self, connection: sqlite3.Connection, search: Search) -> Search:
-        search = rows.append(connection, search, self.by, self._pieces)
-        rows.put_aside(connection, self._grown)
+        search = rows.append(connection, search, self.by, self.pieces)
+        rows.put_aside(connection, self.grown)
         return search
+
+
+def _grouped(changes: Sequence[JobChange]) -> list[_Changes]:
+    groups: list[_Changes] = []
+    group = None
+    for change in changes:
+        row = row_id(change.id)
+        if group is None or row >> rows.BITS != group.search or change.by != group.by:
+            group = _Changes(row >> rows.BITS, change.by)
+            groups.append(group)
+        data = encode_change(change)
+        group.pieces.append(piece(row, data))
+        group.last = max(group.last, row)
+        if change.status is UNSET or len(data) > rows.LONG:  # a note, of which there may be many
+            group.grown.append(row)
+    return groups
 
 
 def _find(connection: sqlite3.Connection, wanted: Sequence[int]) -> dict[int, Row]:

@@ -40,7 +40,7 @@ from paraval import (
 from paraval.callback import Callback
 from paraval.engine.batching import BatchSizer
 from paraval.errors import JobFailedError, JobsFailedError, UsageError
-from paraval.storage import MemoryStorage
+from paraval.storage import MemoryStorage, NullStorage
 from support import (
     METHODS,
     CountingStorage,
@@ -1521,3 +1521,25 @@ def test_an_execute_that_forgets_to_return_the_job(method: str) -> None:
     del evaluator
     gc.collect()
     assert found() is None
+
+
+class AsyncCallback(Callback):
+    async def on_done(self, job: Job) -> None:  # type: ignore[override] # the mistake
+        """Never be called."""
+
+
+@pytest.mark.parametrize("bad", [None, 3, object(), Callback, AsyncCallback()])
+def test_callbacks_are_objects_with_plain_methods(method: str, bad: Any) -> None:
+    with pytest.raises(TypeError, match="callback"):
+        make(method, double, callbacks=[bad])
+
+
+def test_what_is_evaluated_leaves_nothing_behind(method: str) -> None:
+    with make(method, double, storage=NullStorage()) as evaluator:
+        found = weakref.ref(evaluator.evaluate({"x": 1}))
+        evaluator.evaluate({"x": 2})
+        gc.collect()
+        assert found() is None
+        assert not evaluator.jobs
+        assert not evaluator.job_id_gathered
+        assert evaluator.num_jobs_gathered == 2

@@ -621,3 +621,28 @@ def test_a_budget_that_runs_out_while_it_is_closed(method: str, stage: Stage, st
         assert evaluator.close() == []
     assert len(storage.terminal) == 40
     assert set(storage.terminal.values()) == {1}
+
+
+async def block(job: RunningJob) -> str:
+    if job["x"] >= 50:
+        time.sleep(job["s"])  # noqa: ASYNC251 - what a coroutine must not do
+    return "in time, as far as I know"
+
+
+def test_a_coroutine_that_blocks_the_loop_is_out_of_time_nevertheless() -> None:
+    with make("serial", block, num_workers=1, job_timeout=0.1) as evaluator:
+        evaluator.submit([{"x": x, "s": 0.15} for x in range(54)])  # in batches, when the first ones are done
+        jobs = evaluator.gather("ALL")
+        assert {job.args["x"] for job in jobs if job.error is not None and job.error.kind == "timeout"} == set(
+            range(50, 54)
+        )
+
+
+def test_blocking_coroutines_do_not_outlive_the_budget_together() -> None:
+    with make("serial", block, num_workers=1) as evaluator:
+        evaluator.submit([{"x": x, "s": 0.1} for x in range(100)])
+        evaluator.timeout = 0.15
+        jobs = evaluator.gather("ALL")
+        started = [job for job in jobs if job.timing.started is not None]
+        assert len(started) < 60
+        assert all(job.status is JobStatus.CANCELLED for job in jobs if job.args["x"] > 60)

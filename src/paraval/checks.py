@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -59,12 +60,18 @@ def a_list(name: str, value: object) -> list[Any]:
 
 
 def callbacks(value: object) -> list[Any]:
-    """Take a list of callbacks, or None; give a new list."""
+    """Take a list of callbacks, or None; give a new list. What has the methods of one is one."""
     taken = a_list("callbacks", value)
-    for item in taken:
-        if isinstance(item, type):
-            raise WrongTypeError(f"callbacks must be objects, and {item.__name__} is a class: write {item.__name__}()")
+    for callback in taken:
+        methods = [getattr(callback, name, None) for name in _HEARD]
+        if isinstance(callback, type) or not any(map(callable, methods)):
+            raise WrongTypeError(f"a callback is an object with methods like on_done, not {callback!r}")
+        if any(map(inspect.iscoroutinefunction, methods)):
+            raise WrongTypeError(f"the methods of a callback are plain functions, and {callback!r} has an 'async def'")
     return taken
+
+
+_HEARD = ("on_launch", "on_done", "on_done_other", "on_gather", "on_close")
 
 
 def int_or_none(name: str, value: object) -> int | None:

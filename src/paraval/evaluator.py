@@ -108,7 +108,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         closures: whether lambdas and local functions can be run-functions.
         several_hosts: whether jobs can run on other machines.
         watches_memory: whether it watches the memory of its worker processes, so that jobs need none of their own.
-        job_id_gathered: ids of the jobs that were gathered.
+        job_id_gathered: ids of the jobs that were gathered; those of ``evaluate`` excepted.
     """
 
     cancellation: ClassVar[Cancellation]
@@ -369,8 +369,8 @@ class Evaluator(ReferenceNames, abc.ABC):
                 await self._note_gathered_async(jobs)
                 return self._raise_failures(jobs)
 
-    async def _note_gathered_async(self, jobs: list[Job]) -> None:
-        fresh = self._stamp_gathered(jobs)
+    async def _note_gathered_async(self, jobs: list[Job], *, are_private: bool = False) -> None:
+        fresh = self._stamp_gathered(jobs, are_private=are_private)
         if not self._callbacks:
             self._tell_gathered(fresh)
             return
@@ -399,20 +399,21 @@ class Evaluator(ReferenceNames, abc.ABC):
     def _note_gathered(self, jobs: list[Job]) -> None:
         self._tell_gathered(self._stamp_gathered(jobs))
 
-    def _stamp_gathered(self, jobs: list[Job]) -> list[Job]:
+    def _stamp_gathered(self, jobs: list[Job], *, are_private: bool = False) -> list[Job]:
         """Note the time; give the jobs that are gathered for the first time (close() may have shown some already)."""
         now = self._clock()
         fresh = [job for job in jobs if job._gathered is None]
         for job in fresh:
             job._gathered = now
             if job.restored:
-                self._restored.add(job.id)
+                self._restored.add(job.id)  # they are as many as the records that the evaluator has begun with
             else:
                 job.metadata["timestamp_gather"] = now
         with self._counting:
             self._num_gathered += len(fresh)
-        self.job_id_gathered += [job.id for job in fresh]
-        self._undumped += fresh
+        if not are_private:  # of a service that evaluates for months, nothing must stay
+            self.job_id_gathered += [job.id for job in fresh]
+            self._undumped += fresh
         return fresh
 
     def _tell_gathered(self, fresh: list[Job]) -> None:
@@ -449,10 +450,10 @@ class Evaluator(ReferenceNames, abc.ABC):
             gate.wait(self._life.check)
         except BaseException:
             self._cancel(job, "its caller was interrupted")
-            self._stamp_gathered([job])  # by nobody else, ever
+            self._stamp_gathered([job], are_private=True)  # by nobody else, ever
             raise
         self._refuse_lost(job)
-        self._note_gathered([job])
+        self._tell_gathered(self._stamp_gathered([job], are_private=True))
         return self._raise_failures([job])[0]
 
     async def evaluate_async(self, args: Args) -> Job:
@@ -473,10 +474,10 @@ class Evaluator(ReferenceNames, abc.ABC):
                 self._cancel(job, "its caller was cancelled")
                 with anyio.CancelScope(shield=True):
                     await ended.wait()
-            await self._note_gathered_async([job])  # by nobody else, ever
+            await self._note_gathered_async([job], are_private=True)  # by nobody else, ever
             raise
         self._refuse_lost(job)
-        await self._note_gathered_async([job])
+        await self._note_gathered_async([job], are_private=True)
         return self._raise_failures([job])[0]
 
     def _cancel(self, job: Job, message: str) -> None:

@@ -119,6 +119,7 @@ class Batch:
 
     Attributes:
         current: the job that is known to run.
+        last_end: when the last of its jobs was finished by :meth:`finish`, on the clock; at first, when it was made.
         hurry: when its run is cancelled, kill at once: the job to stop is not known to be the one that runs.
         waits_for_worker: its worker is being set up, so no job's time has begun.
         was_cut: some of its jobs went elsewhere, so its time says nothing about them.
@@ -134,6 +135,7 @@ class Batch:
         "created",
         "current",
         "hurry",
+        "last_end",
         "report",
         "waits_for_worker",
         "was_cut",
@@ -148,7 +150,7 @@ class Batch:
         self._sent: dict[str, Job] | None = None
         self._clock = clock
         self.report = report
-        self.created = clock()
+        self.created = self.last_end = clock()
         self.current: Job | None = None
         self.hurry = False
         self.waits_for_worker = False
@@ -171,7 +173,8 @@ class Batch:
 
     def finish(self, job: Job, outcome: Outcome) -> None:
         """Hand in the outcome of a job that was taken."""
-        self._finished.append((job, outcome, self._clock()))
+        self.last_end = now = self._clock()
+        self._finished.append((job, outcome, now))
         self.current = None
 
     def take_all(self, most: int | None = None) -> dict[str, Job]:

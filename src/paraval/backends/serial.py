@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from types import coroutine as coroutine_from_generator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import anyio
+import anyio.lowlevel
 
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, failure_of
 from paraval.errors import BadValueError
@@ -28,6 +29,10 @@ except ImportError:  # then what a job leaves open is not seen
     _task_states: Any = {}  # type: ignore[no-redef] # the other branch of the same definition
 
 __all__ = ["SerialEvaluator"]
+
+
+_TURN_S: Final = 0.005
+"""Jobs that never wait let the loop's other tasks run this often."""
 
 
 class SerialSlot(Slot):
@@ -58,7 +63,7 @@ class SerialSlot(Slot):
         task = asyncio.current_task()
         state = None if task is None else _task_states.get(task)
         innermost = None if state is None else state.cancel_scope
-        spec = self._spec
+        spec, turn = self._spec, batch.created
         while (job := batch.take()) is not None:
             try:  # as _outcome_of() does, without the cost of another coroutine
                 function: Any = job.run_function
@@ -69,6 +74,9 @@ class SerialSlot(Slot):
             while state is not None and state.cancel_scope is not innermost and state.cancel_scope is not None:
                 state.cancel_scope.__exit__(None, None, None)
             batch.finish(job, outcome)
+            if batch.last_end - turn > _TURN_S:  # the deadlines' turn, and everybody else's
+                turn = batch.last_end
+                await anyio.lowlevel.checkpoint()
             if task is not None and task.cancelling():
                 await self._take_cancellation(task)
 

@@ -30,7 +30,9 @@ class Notifier:
         """Call ``callback.method(*args)`` for every callback."""
         for callback in list(self.callbacks):  # one may remove itself
             try:
-                getattr(callback, method)(*args)
+                function = getattr(callback, method, None)
+                if function is not None:
+                    function(*args)
             except BaseException as exc:
                 if isinstance(exc, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                     raise  # it is the user at the keyboard

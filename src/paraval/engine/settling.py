@@ -18,9 +18,14 @@ from paraval.outcome import JobError, Outcome
 if TYPE_CHECKING:
     from paraval.engine.workers import Worker
 
-__all__ = ["OUT_OF_BUDGET", "Settling"]
+__all__ = ["OUT_OF_BUDGET", "Settling", "out_of_time"]
 
 OUT_OF_BUDGET: Final = JobError("timeout", "the evaluator's timeout ran out")
+
+
+def out_of_time(limit: float) -> JobError:
+    """Say that a job took too long."""
+    return JobError("timeout", f"the job ran longer than job_timeout={limit:g} s")
 
 
 class Settling:
@@ -32,6 +37,7 @@ class Settling:
         try_again: told of a job and the seconds after which its next attempt may begin.
         clock: seconds since the evaluator was created.
         loop: the engine's.
+        job_timeout: seconds that one job may run.
 
     Attributes:
         open: every job that is not settled. Whoever pops a job from here settles it: so each is settled once.
@@ -48,7 +54,10 @@ class Settling:
         try_again: Callable[[Job, float], object],
         clock: Callable[[], float],
         loop: Loop,
+        *,
+        job_timeout: float | None = None,
     ) -> None:
+        self._limit = job_timeout
         self._recorder = recorder
         self._attempts = attempts
         self._try_again = try_again
@@ -63,7 +72,7 @@ class Settling:
         """Give each job its one terminal record: on the job, in the storage, then to whoever waits for it."""
         jobs: list[Job] = []
         told: list[tuple[Job, Outcome]] = []
-        open_, holders, reasons, attempts = self.open, self.holders, self.reasons, self._attempts
+        open_, holders, reasons, attempts, limit = self.open, self.holders, self.reasons, self._attempts, self._limit
         for job, reported, finished in ended:
             job_id, error = job.id, reported.error
             if error is not None and reported.may_retry and self._has_another(job, error):
@@ -72,6 +81,9 @@ class Settling:
                 continue  # settled already: it was given up, and came back after all
             holders.pop(job_id, None)
             job._finished = finished
+            if limit is not None and error is None and finished - (job._started or finished) > limit:
+                # It returned before anybody could look at the time: a coroutine that blocked the loop did.
+                reasons.setdefault(job_id, out_of_time(limit))
             outcome = self._final(job, reported) if reasons or attempts else reported
             job.settle(outcome)
             jobs.append(job)

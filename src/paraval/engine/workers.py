@@ -19,7 +19,7 @@ from paraval.engine.batching import STALL_S, BatchSizer
 from paraval.engine.deadlines import Deadlines
 from paraval.engine.queue import JobQueue
 from paraval.engine.recorder import Recorder
-from paraval.engine.settling import Settling
+from paraval.engine.settling import Settling, out_of_time
 from paraval.errors import UsageError
 from paraval.job import Job, JobStatus
 from paraval.loops import Loop
@@ -70,7 +70,9 @@ class Workers:
         self._sizer = BatchSizer(settings.batching, settings.num_workers, settings.backend.batch_limit)
         self._attempts = Attempts(settings.max_attempts)
         self.queue = JobQueue(loop)
-        self.settling = Settling(recorder, self._attempts, self._try_again, self._clock, loop)
+        self.settling = Settling(
+            recorder, self._attempts, self._try_again, self._clock, loop, job_timeout=settings.job_timeout
+        )
         # Ctrl-C is for the main task, not for a job. asyncio sees to that by itself.
         self._main = self._work if loop.is_asyncio else _protected_from_ctrl_c(self._work)
         self._workers: set[Worker] = set()
@@ -286,7 +288,7 @@ class Workers:
             worker.scope.cancel()
             return None
         if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
-            self.interrupt(worker, job, JobError("timeout", f"the job ran longer than job_timeout={limit:g} s"))
+            self.interrupt(worker, job, out_of_time(limit))
             worker.watched = False
             return None
         due = self._next_check(batch)

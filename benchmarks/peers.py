@@ -1,6 +1,6 @@
 """Who takes part: paraval, DeepHyper, joblib and the bare executors, each used as its own documentation does.
 
-Run-functions stand at module level, as DeepHyper wants them; each side gets the same work to do.
+Run-functions stand in a module, as DeepHyper wants them; each side gets the same work to do.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any, Literal, Protocol, Self
+
+from run_functions import noop, noop_async
 
 __all__ = [
     "BareLoky",
@@ -25,16 +27,6 @@ __all__ = [
 ]
 
 Method = Literal["serial", "thread", "process", "loky"]
-
-
-def noop(job: Any) -> float:  # noqa: ARG001 - the work is to do nothing
-    """Do nothing; for threads and processes."""
-    return 1.0
-
-
-async def noop_async(job: Any) -> float:  # noqa: ARG001 - likewise
-    """Do nothing; for coroutines."""
-    return 1.0
 
 
 def run_function(method: Method) -> Callable[..., Any]:

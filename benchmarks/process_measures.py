@@ -22,6 +22,7 @@ import anyio
 import peers
 from measures import Measure, flood, loop_pairs, pairs
 from report import Goal, Row, Sample
+from run_functions import never_end, noop, sleep, spin, spin_for
 
 __all__ = ["MEASURES"]
 
@@ -191,43 +192,6 @@ MEASURES: Final[dict[str, Measure]] = {
 }
 
 
-# -- run-functions -----------------------------------------------------------------------------------------------------
-
-
-def spin(job: Any) -> float:
-    """Use a CPU for so many seconds of wall time."""
-    _spin(job["seconds"])
-    return 1.0
-
-
-def _spin(seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
-
-
-def sleep(job: Any) -> float:
-    """Sleep for so many seconds, if any."""
-    if job.get("seconds"):
-        time.sleep(job["seconds"])
-    return 1.0
-
-
-def never_end(job: Any) -> None:
-    """Go on whoever asks to stop."""
-    while True:
-        if job["how"] == "sleep":
-            time.sleep(60)
-        elif job["how"] == "lock":
-            _sleep_with_the_lock(60_000_000)
-
-
-def _sleep_with_the_lock(microseconds: int) -> None:
-    import ctypes
-
-    ctypes.PyDLL(None).usleep(microseconds)
-
-
 # -- the two sides -----------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +203,7 @@ async def _async_samples(rounds: int) -> list[Sample]:
     echo.start()
     theirs_end.close()
     samples = []
-    async with Evaluator.create(peers.noop, "process", {"num_workers": _WORKERS}) as evaluator:
+    async with Evaluator.create(noop, "process", {"num_workers": _WORKERS}) as evaluator:
         for number in range(1 + rounds):  # as `pairs` does, which is not for tasks
             if number % 2:
                 ours, theirs = await _evaluate(evaluator, 1_000), _round_trips(ours_end, 1_000)
@@ -305,14 +269,14 @@ def _bare_share(jobs: int, seconds: float) -> float:
 def _spin_often(barrier: Any, times: int, seconds: float) -> None:
     barrier.wait()
     for _ in range(times):
-        _spin(seconds)
+        spin_for(seconds)
     barrier.wait()
 
 
 _OURS: Final = """
 from paraval import ProcessPoolEvaluator
 start = time.perf_counter()
-with ProcessPoolEvaluator(peers.noop, num_workers=2) as evaluator:
+with ProcessPoolEvaluator(run_functions.noop, num_workers=2) as evaluator:
     evaluator.submit([{"x": 0}, {"x": 1}])
     assert evaluator.gather("BATCH", 1)
     print(time.perf_counter() - start)
@@ -322,7 +286,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 start = time.perf_counter()
 with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
-    assert wait([executor.submit(peers.noop, {"x": number}) for number in range(2)], return_when=FIRST_COMPLETED).done
+    assert wait([executor.submit(run_functions.noop, {"x": number}) for number in range(2)], return_when=FIRST_COMPLETED).done
     print(time.perf_counter() - start)
 """
 
@@ -330,7 +294,7 @@ with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
 def _seconds_of(program: str) -> float:
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     shown = subprocess.run(
-        [sys.executable, "-c", "import time\nimport peers\n" + program],
+        [sys.executable, "-c", "import time\nimport run_functions\n" + program],
         capture_output=True,
         text=True,
         check=True,

@@ -1,28 +1,17 @@
-"""How values and records are written at rest: MessagePack, never pickle, so that reading them cannot run anything.
-
-What MessagePack does not know of is written as one of its extension types; their codes are below, and never change.
-"""
+"""How values and records are written at rest: MessagePack, never pickle, so that reading them cannot run anything."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Set as AbstractSet
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
-from enum import Enum
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, Final
-from uuid import UUID
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from msgspec.msgpack import Ext
 
 from paraval.errors import CorruptStoreError
 from paraval.outcome import JobError
-from paraval.storage.base import UnstorableError
+from paraval.storage.plain import Plain, encoder, is_plain, read_ext, sorting_encoder
 from paraval.storage.records import JobChange, JobRecord
 
 __all__ = [
@@ -37,14 +26,7 @@ __all__ = [
     "key_of",
 ]
 
-_BIG_INT, _ODD_TEXT, _DATETIME, _ODD_DICT = 1, 2, 3, 4
 _RECORD_VERSION: Final = b"\x01"
-_MAX_DEPTH: Final = 100
-
-_KEPT: Final = (
-    "a store keeps None, bool, int, float, str, bytes, lists, dicts, datetimes and NumPy arrays; "
-    "give it the numbers or the text that matter, or write the object to a file and give the path"
-)
 
 
 def encode(value: Any, what: str) -> bytes:
@@ -64,11 +46,11 @@ def encode(value: Any, what: str) -> bytes:
         UnstorableError: there is something else in it; the message gives the way to it.
     """
     try:
-        if _is_plain(value):
-            return _encoder.encode(value)
+        if is_plain(value):
+            return encoder.encode(value)
     except (OverflowError, UnicodeEncodeError, TypeError):
         pass  # an int of more than 64 bits or half a character, which are written as extension types; or UNSET
-    return _encoder.encode(_Plain(what).of(value))
+    return encoder.encode(Plain(what).of(value))
 
 
 def decode(data: bytes | bytearray) -> Any:
@@ -90,16 +72,16 @@ def encode_record(record: JobRecord) -> bytes:
     if record.error is not None:
         stored.error = encode_error(record.error)
     # A job that is submitted has nothing but arguments: it is not looked at part by part.
-    is_plain = (
+    known_plain = (
         record.kwargs is None
         and record.out is None
         and record.error is None
         and record.metadata is None
         and record.objectives is None
         and record.extra is None
-        and _is_plain(record.args)
+        and is_plain(record.args)
     )
-    return _RECORD_VERSION + _encode_struct(stored, _RECORD_PARTS, is_plain=is_plain)
+    return _RECORD_VERSION + _encode_struct(stored, _RECORD_PARTS, known_plain=known_plain)
 
 
 def decode_record(data: bytes | bytearray) -> JobRecord:
@@ -114,9 +96,9 @@ def decode_record(data: bytes | bytearray) -> JobRecord:
             "writes it: it is damaged, or a later release wrote it, which can then read it"
         )
     stored = _decoded(_record_decoder, data[1:])
+    _refuse_unless(dict, stored.kwargs, stored.metadata, stored.extra)
+    _refuse_unless(str, stored.function, stored.owner)
     record = JobRecord(*msgspec.structs.astuple(stored))
-    if stored.args is not None:
-        record.args = tuple(stored.args)
     if stored.error is not None:
         record.error = decode_error(stored.error)
     return record
@@ -135,16 +117,16 @@ def encode_change(change: JobChange) -> bytes:
     if type(error) is JobError:
         stored.error = encode_error(error)
     # A job that has ended has an output and metadata: it is not looked at part by part.
-    is_plain = (
+    known_plain = (
         change.args is UNSET
         and change.kwargs is UNSET
         and type(error) is not JobError
         and change.intermediate is None
         and change.extra is None
-        and (metadata is None or _is_plain(metadata))
-        and _is_plain(out)
+        and (metadata is None or is_plain(metadata))
+        and is_plain(out)
     )
-    return _encode_struct(stored, _CHANGE_PARTS, is_plain=is_plain)
+    return _encode_struct(stored, _CHANGE_PARTS, known_plain=known_plain)
 
 
 def decode_change(data: bytes | bytearray) -> JobChange:
@@ -154,9 +136,8 @@ def decode_change(data: bytes | bytearray) -> JobChange:
         CorruptStoreError: it wrote nothing like this.
     """
     stored = _decoded(_change_decoder, data)
+    _refuse_unless(dict, stored.kwargs, stored.metadata, stored.extra)
     change = JobChange("", *msgspec.structs.astuple(stored))
-    if change.args is not UNSET and change.args is not None:
-        change.args = tuple(change.args)
     if stored.error is not UNSET and stored.error is not None:
         change.error = decode_error(stored.error)
     return change
@@ -197,26 +178,29 @@ def key_of(function: str | None, args: Mapping[str, Any]) -> bytes:
         UnstorableError: there is something in the configuration that cannot be stored, so it has no key.
     """
     try:
-        if _is_plain(args):
-            return _sorting_encoder.encode((function, args))
+        if is_plain(args):
+            return sorting_encoder.encode((function, args))
     except (OverflowError, UnicodeEncodeError, TypeError):
         pass  # as above; and the encoder sorts no keys but str
-    plain = _Plain("configuration", canonical=True)
-    return _sorting_encoder.encode((plain.of(function), plain.of(args)))
+    plain = Plain("configuration", canonical=True)
+    return sorting_encoder.encode((plain.of(function), plain.of(args)))
 
 
 class _StoredRecord(msgspec.Struct, omit_defaults=True, gc=False):
-    """The form of a :class:`JobRecord` at rest: the same fields in the same order, with looser types."""
+    """The form of a :class:`JobRecord` at rest: the same fields in the same order.
+
+    What may be written as an extension type is looked at once it is read.
+    """
 
     id: str = ""
     status: int = 0
-    args: Any = None
+    args: tuple[Any, ...] | None = None
     kwargs: Any = None
     out: Any = None
     error: Any = None
     metadata: Any = None
-    budgets: Any = None
-    objectives: Any = None
+    budgets: list[Any] | None = None
+    objectives: list[Any] | None = None
     function: Any = None
     owner: Any = None
     attempts: int = 0
@@ -226,15 +210,15 @@ class _StoredRecord(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class _StoredChange(msgspec.Struct, omit_defaults=True, gc=False):
-    """The form of a :class:`JobChange` at rest: the same fields in the same order, with looser types."""
+    """The form of a :class:`JobChange` at rest: likewise."""
 
     status: int | UnsetType = UNSET
-    args: Any = UNSET
+    args: tuple[Any, ...] | UnsetType | None = UNSET
     kwargs: Any = UNSET
     out: Any = UNSET
     error: Any = UNSET
     metadata: Any = None
-    intermediate: Any = None
+    intermediate: tuple[Any, Any] | None = None
     extra: Any = None
 
 
@@ -273,184 +257,23 @@ _RECORD_PARTS: Final = _Parts(
 )
 
 
-def _encode_struct(stored: msgspec.Struct, parts: _Parts, *, is_plain: bool) -> bytes:
-    """Write a struct some of whose fields may hold anything; ``is_plain`` if they are known not to."""
+def _encode_struct(stored: msgspec.Struct, parts: _Parts, *, known_plain: bool) -> bytes:
+    """Write a struct some of whose fields may hold anything; ``known_plain`` if they are known not to."""
     try:
-        if is_plain or _is_plain(parts.of(stored)):
-            return _encoder.encode(stored)
+        if known_plain or is_plain(parts.of(stored)):
+            return encoder.encode(stored)
     except (OverflowError, UnicodeEncodeError, TypeError):
         pass  # as above; and UNSET is plain as a field of the struct, but not deeper
     for name, what in parts.called.items():
         if (value := getattr(stored, name)) is not UNSET:
-            setattr(stored, name, _Plain(what).of(value))
-    return _encoder.encode(stored)
+            setattr(stored, name, Plain(what).of(value))
+    return encoder.encode(stored)
 
 
-_SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes, UnsetType})
-
-
-def _is_plain(value: Any, depth: int = _MAX_DEPTH) -> bool:
-    """Whether a value is made of what MessagePack knows, with scalars as keys. It is asked for every value."""
-    kind = type(value)
-    if kind is dict:
-        for key, item in value.items():
-            if type(key) not in _SCALARS or (
-                type(item) not in _SCALARS and (not depth or not _is_plain(item, depth - 1))
-            ):
-                return False
-        return True
-    if kind is list or kind is tuple:
-        for item in value:  # noqa: SIM110 - a generator would cost twice as much
-            if type(item) not in _SCALARS and (not depth or not _is_plain(item, depth - 1)):
-                return False
-        return True
-    return kind in _SCALARS
-
-
-_Place = tuple["_Place | None", str, Any]
-"""Where a part of a value is: in what, how that is written, and the key, index or name."""
-
-
-class _Plain:
-    """Makes values plain, so that they can be written.
-
-    Args:
-        what: what the value is, for the message.
-        canonical: whether equal dicts are to be written as equal bytes, whatever the order of their keys.
-    """
-
-    def __init__(self, what: str, *, canonical: bool = False) -> None:
-        self._what = what
-        self._canonical = canonical
-        self._encode = (_sorting_encoder if canonical else _encoder).encode
-
-    def of(self, value: Any) -> Any:
-        """Give the plain form of a value.
-
-        Raises:
-            UnstorableError: it has none.
-        """
-        try:
-            return self._plain(value, None, _MAX_DEPTH)
-        except UnstorableError:
-            raise
-        except Exception as exc:  # what a property, a __getitem__ or a tolist of someone else's raises
-            raise UnstorableError(
-                f"the {self._what} cannot be stored: reading it raised {type(exc).__name__}: "
-                f"{' '.join(str(exc).split())}"
-            ) from exc
-
-    def _plain(self, value: Any, place: _Place | None, depth: int) -> Any:  # noqa: C901, PLR0911, PLR0912 - a case for each kind
-        match value:
-            case None | bool() | float() if type(value) in _SCALARS:
-                return value
-            case Enum():
-                return self._plain(value.value, (place, ".{}", "value"), depth)
-            case int():
-                return _plain_int(value)
-            case float():
-                return float(value)
-            case str():
-                return _plain_text(value)
-            case bytes() | bytearray() | memoryview():
-                return bytes(value)
-            case datetime() if value == value:  # noqa: PLR0124 - which a NaT of pandas is not
-                return Ext(_DATETIME, datetime.isoformat(value).encode())
-            case date() | time():
-                return value.isoformat()
-            case timedelta():
-                return value.total_seconds()
-            case Decimal() | UUID():
-                return str(value)
-            case os.PathLike():
-                return self._plain(os.fspath(value), place, depth)
-        if depth == 0:
-            raise UnstorableError(
-                f"the {self._what} cannot be stored: it contains itself, or is nested deeper than {_MAX_DEPTH} levels"
-            )
-        match value:
-            case list() | tuple():
-                return [self._plain(item, (place, "[{}]", index), depth - 1) for index, item in enumerate(value)]
-            case Mapping():
-                return self._plain_dict(value, place, depth - 1)
-            case AbstractSet():
-                return sorted(
-                    (self._plain(item, (place, "[{!r}]", item), depth - 1) for item in value), key=self._encode
-                )
-            case msgspec.Struct():
-                return self._plain_fields(value, value.__struct_fields__, place, depth - 1)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return self._plain_fields(value, [field.name for field in dataclasses.fields(value)], place, depth - 1)
-        if hasattr(value, "dtype") and callable(to_list := getattr(value, "tolist", None)):
-            listed = to_list()
-            if getattr(value.dtype, "kind", "") in "biuf" and _is_plain(listed):
-                return listed
-            # A number of more than 64 bits (np.longdouble) gives itself.
-            return float(listed) if type(listed) is type(value) else self._plain(listed, place, depth - 1)
-        kind = type(value)
-        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        raise UnstorableError(f"the {self._what} cannot be stored: {_written(place)} is a {name}; {_KEPT}")
-
-    def _plain_fields(self, value: Any, names: Iterable[str], place: _Place | None, depth: int) -> dict[str, Any]:
-        return {name: self._plain(getattr(value, name), (place, ".{}", name), depth) for name in names}
-
-    def _plain_dict(self, value: Mapping[Any, Any], place: _Place | None, depth: int) -> dict[Any, Any] | Ext:
-        pairs = []
-        for key, item in value.items():
-            there = (place, "[{!r}]", key)
-            pairs.append((self._plain(key, (there, " (its {})", "key"), depth), self._plain(item, there, depth)))
-        if all(type(key) in _SCALARS for key, _ in pairs):
-            plain = dict(pairs)
-            if len(plain) == len(pairs) and not (self._canonical and any(type(key) is not str for key in plain)):
-                return plain
-        encoded = {self._encode(key) for key, _ in pairs}
-        if len(encoded) < len(pairs) or any(type(key) is dict for key, _ in pairs):
-            raise UnstorableError(
-                f"the {self._what} cannot be stored: keys of {_written(place)} that differ here would be the same in "
-                "the store, or be dicts there; take numbers or texts for keys"
-            )
-        if self._canonical:
-            pairs.sort(key=lambda pair: self._encode(pair[0]))
-        return Ext(_ODD_DICT, self._encode(pairs))
-
-
-def _written(place: _Place | None) -> str:
-    if place is None:
-        return "value"
-    holder, form, key = place
-    return _written(holder) + form.format(key)
-
-
-def _plain_int(value: int) -> int | Ext:
-    value = int(value)
-    if -(2**63) <= value < 2**64:
-        return value
-    return Ext(_BIG_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
-
-
-def _plain_text(value: str) -> str | Ext:
-    value = str.__str__(value)  # exactly a str, though it may be an instance of a subclass
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # as in a file name that was no UTF-8
-        return Ext(_ODD_TEXT, value.encode("utf-8", "surrogatepass"))
-    return value
-
-
-def _read_ext(code: int, data: memoryview) -> Any:
-    if code == _BIG_INT:
-        return int.from_bytes(data, "big", signed=True)
-    if code == _ODD_TEXT:
-        return bytes(data).decode("utf-8", "surrogatepass")
-    if code == _DATETIME:
-        return datetime.fromisoformat(bytes(data).decode())
-    if code == _ODD_DICT:
-        return {_hashable(key): value for key, value in _decoder.decode(data)}
-    raise ValueError(f"extension type {code} is none of paraval's")
-
-
-def _hashable(key: Any) -> Any:
-    return tuple(_hashable(item) for item in key) if isinstance(key, list) else key
+def _refuse_unless(kind: type, *values: Any) -> None:
+    for value in values:
+        if value is not None and value is not UNSET and type(value) is not kind:
+            raise CorruptStoreError(f"stored bytes hold {value!r:.80} in place of {kind.__name__}")
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[Any], data: bytes | bytearray) -> Any:
@@ -461,8 +284,6 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Any], data: bytes | bytearray) -> 
         raise CorruptStoreError(f"stored bytes cannot be read ({exc}): {bytes(memoryview(data)[:32])!r}…") from exc
 
 
-_encoder: Final = msgspec.msgpack.Encoder()
-_sorting_encoder: Final = msgspec.msgpack.Encoder(order="sorted")
-_decoder: Final = msgspec.msgpack.Decoder(ext_hook=_read_ext)
-_change_decoder: Final = msgspec.msgpack.Decoder(_StoredChange, ext_hook=_read_ext)
-_record_decoder: Final = msgspec.msgpack.Decoder(_StoredRecord, ext_hook=_read_ext)
+_decoder: Final = msgspec.msgpack.Decoder(ext_hook=read_ext)
+_change_decoder: Final = msgspec.msgpack.Decoder(_StoredChange, ext_hook=read_ext)
+_record_decoder: Final = msgspec.msgpack.Decoder(_StoredRecord, ext_hook=read_ext)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from paraval.storage import redis_scripts as scripts
 from paraval.storage.base import Storage, UnknownIdError, UnstorableError
 from paraval.storage.codec import decode, encode
 from paraval.storage.records import JobChange, JobRecord
-from paraval.storage.redis_arguments import Groups, as_bytes, as_text, joined, mark, once, packed, split
+from paraval.storage.redis_arguments import Groups, as_bytes, as_text, joined, mark, once, packed, placed, split
 from paraval.storage.redis_frames import frame_of_adoption, frame_of_change, frame_of_record, record_of
 from paraval.storage.redis_server import parse
 
@@ -176,9 +177,12 @@ class RedisStorage(Storage):
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
-        lengths, body = joined([frame_of_record(record) for record in records])
-        _refuse_beyond(len(body), f"what was given of {len(records)} jobs")
-        number, revision = self._run(scripts.ADD, as_bytes(search_id), lengths, body)
+        args = [as_bytes(search_id)]
+        for owner, some in itertools.groupby(records, key=_owner):
+            ends, body = placed([frame_of_record(record) for record in some])
+            _refuse_beyond(len(body), f"what was given of {len(records)} jobs")
+            args += [as_bytes(mark(owner)), ends, body]
+        number, revision = self._run(scripts.ADD, *args)
         for record in records:
             record.id, record.revision = f"{search_id}.{number}", revision
             number += 1
@@ -228,7 +232,8 @@ class RedisStorage(Storage):
                 some = here[first : first + _JOBS]
                 numbers = packed([split(asked[place])[1] for place in some])
                 (values,) = self._run(scripts.GET, as_bytes(search_id), numbers)
-                found |= {place: self._read(asked[place], value) for place, value in zip(some, values, strict=True)}
+                for place, revision, pieces in zip(some, values[::2], values[1::2], strict=True):
+                    found[place] = self._read(asked[place], revision, pieces)
         return [found[place] for place in range(len(asked))]
 
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
@@ -239,16 +244,16 @@ class RedisStorage(Storage):
         since, is_end = max(0, since), False
         while not is_end:
             since, is_end, values = self._run(scripts.SCAN, as_bytes(search_id), b"%d" % since, b"%d" % limit)
-            for number, value in zip(values[::2], values[1::2], strict=True):
-                job_id = f"{search_id}.{as_text(number)}"
-                found[job_id] = self._read(job_id, value)
-            if sum(map(_size, values[1::2])) < _SMALL:
+            for number, revision, pieces in zip(values[::3], values[1::3], values[2::3], strict=True):
+                job_id = f"{search_id}.{number}"
+                found[job_id] = self._read(job_id, revision, pieces)
+            if sum(sum(map(len, pieces)) for pieces in values[2::3]) < _SMALL:
                 limit = min(4 * limit, most)
         return sorted(found.values(), key=_revision), since
 
-    def _read(self, job_id: str, value: bytes | list[bytes]) -> JobRecord:
+    def _read(self, job_id: str, revision: int, pieces: list[bytes]) -> JobRecord:
         try:
-            return record_of(job_id, value)
+            return record_of(job_id, revision, pieces)
         except CorruptStoreError as exc:
             raise CorruptStoreError(f"{self!r}: {exc}") from exc
 
@@ -277,6 +282,8 @@ class RedisStorage(Storage):
                 raise UnknownIdError(f"no job {as_text(job_id)!r} in this storage")
             case [b"schema", bytes(found)]:
                 raise self._wrong_schema(found)
+            case [b"full", bytes(search_id)]:
+                raise StorageError(f"search {as_text(search_id)!r} had 80 million changes, and takes no more")
             case [b"lost", bytes(search_id)]:
                 raise CorruptStoreError(
                     f"some of search {as_text(search_id)!r} is missing in {self!r}: keys were deleted, or evicted "
@@ -307,8 +314,8 @@ def _refuse_beyond(size: int, what: str) -> None:
         )
 
 
-def _size(value: bytes | list[bytes]) -> int:
-    return len(value) if isinstance(value, bytes) else sum(map(len, value))
+def _owner(record: JobRecord) -> str | None:
+    return record.owner
 
 
 def _revision(record: JobRecord) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -9,7 +11,7 @@ import msgspec
 
 from paraval.storage.base import UnknownIdError
 
-__all__ = ["Groups", "as_bytes", "as_text", "joined", "mark", "once", "packed", "split"]
+__all__ = ["Groups", "as_bytes", "as_text", "joined", "mark", "once", "packed", "placed", "split"]
 
 
 class Groups:
@@ -45,6 +47,8 @@ def split(job_id: str) -> tuple[str, str]:
     search_id, dot, number = job_id.rpartition(".")
     if not dot:
         raise UnknownIdError(f"{job_id!r} is no job id: it should look like '0.12' (search, dot, number)")
+    if not (number.isdecimal() and number.isascii() and (number[0] != "0" or number == "0") and len(number) < _LONG):
+        raise UnknownIdError(f"no job {job_id!r} in this storage")
     return search_id, number
 
 
@@ -71,6 +75,12 @@ def joined(frames: list[bytes]) -> tuple[bytes, bytes]:
     return _encoder.encode([*map(len, frames)]), b"".join(frames)
 
 
+def placed(frames: list[bytes]) -> tuple[bytes, bytes]:
+    """Give where the first of frames begins and each ends, and all of them in one piece."""
+    ends = [0, *itertools.accumulate(map(len, frames))]
+    return struct.pack(f">{len(ends)}I", *ends), b"".join(frames)
+
+
 def as_bytes(text: str) -> bytes:
     """Give a name as it is written."""
     return text.encode(errors="backslashreplace")
@@ -81,4 +91,6 @@ def as_text(stored: bytes) -> str:
     return stored.decode(errors="backslashreplace")
 
 
+_LONG: Final = 15
+"""Digits that a number of Lua's does not hold."""
 _encoder: Final = msgspec.msgpack.Encoder()

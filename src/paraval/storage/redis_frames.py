@@ -1,13 +1,12 @@
 """How :class:`~paraval.storage.RedisStorage` writes down what happens to a job.
 
 Each event is a frame: its kind (one byte), how many bytes follow (four), those, and their check sum (CRC-32). A job is
-all its frames in order: first its record as it was inserted, then the changes of it. The server writes the revision
-(six bytes) behind each.
+all its frames in order: first its record as it was inserted, then the changes of it. The server writes its revision
+(six bytes) behind each change.
 """
 
 from __future__ import annotations
 
-import functools
 import struct
 import zlib
 from typing import Final
@@ -15,7 +14,6 @@ from typing import Final
 from paraval.errors import CorruptStoreError
 from paraval.storage.codec import decode, decode_change, decode_record, encode, encode_change, encode_record
 from paraval.storage.records import JobChange, JobRecord, adopt
-from paraval.storage.redis_arguments import as_bytes, mark
 from paraval.storage.redis_scripts import HEAD, REVISION_SIZE
 
 __all__ = ["frame_of_adoption", "frame_of_change", "frame_of_record", "record_of"]
@@ -26,8 +24,8 @@ _TAIL: Final = struct.Struct(">I")
 
 
 def frame_of_record(record: JobRecord) -> bytes:
-    """Write down that a job was made: its head, and the first frame."""
-    return _head_of(record.owner) + _frame(_RECORD, encode_record(record))
+    """Write down that a job was made."""
+    return _frame(_RECORD, encode_record(record))
 
 
 def frame_of_change(change: JobChange) -> bytes:
@@ -40,33 +38,30 @@ def frame_of_adoption(owner: str) -> bytes:
     return _frame(_ADOPTION, encode(owner, "owner"))
 
 
-@functools.lru_cache(maxsize=64)  # most jobs of a process have the same
-def _head_of(owner: str | None) -> bytes:
-    name = as_bytes(mark(owner))
-    return HEAD.pack(0, len(name)) + name
-
-
 def _frame(kind: bytes, data: bytes) -> bytes:
     return _HEAD.pack(kind, len(data)) + data + _TAIL.pack(zlib.crc32(data))
 
 
-def record_of(job_id: str, value: bytes | list[bytes]) -> JobRecord:
+def record_of(job_id: str, revision: int, pieces: list[bytes]) -> JobRecord:
     """Make a record of what happened to a job.
 
     Args:
         job_id: the job.
-        value: its value on the server; and the parts of it that were written before.
+        revision: of its last change.
+        pieces: the job as it was inserted; if it has changed, the parts of its changes and what followed them.
 
     Raises:
         CorruptStoreError: this is not what was written.
     """
     try:
-        value, *parts = [value] if isinstance(value, bytes) else value
-        _, owner = HEAD.unpack_from(value)
-        record = _replay(b"".join([*parts, value[HEAD.size + owner :]]))
+        inserted, *changes = pieces
+        if changes:
+            _, owner = HEAD.unpack_from(changes[-1])
+            changes[-1] = changes[-1][HEAD.size + owner :]
+        record = _replay(b"".join([inserted, bytes(REVISION_SIZE), *changes]))
     except (CorruptStoreError, struct.error, ValueError, TypeError, AttributeError, RecursionError) as exc:
         raise CorruptStoreError(f"the record of job {job_id!r} is damaged: {exc}") from exc
-    record.id, record.revision = job_id, int.from_bytes(value[-REVISION_SIZE:])
+    record.id, record.revision = job_id, revision
     return record
 
 

@@ -2,21 +2,26 @@
 
 The keys of a storage whose prefix is ``P``:
 
-========================= ========== ===============================================================================
-``P``                     hash       ``schema``: the version of all this
-``P:searches``            hash       search id -> when it was made (seconds since 1970, by the server's clock)
-``P:search:S:jobs``       hash       job number -> head and changes of the job
-``P:search:S:parts``      hash       ``number.k`` -> changes of a job whose record has become long, oldest part first
-``P:search:S:log``        list       at position r - 1: the number of the job that changed at revision r
-``P:search:S:values``     hash       the values of the search
-``P:leases``              sorted set owner -> until when it lives (milliseconds since 1970, by the server's clock)
-``P:session:X``           string     the last write of connection X and its answer; it expires
-========================= ========== ===============================================================================
+===================== ========== ===================================================================================
+``P``                 hash       ``schema``: the version of all this
+``P:searches``        hash       search id -> how many jobs it has
+``P:search:S:new``    hash       number of a job -> a run: this job and some after it, as they were inserted
+``P:search:S:jobs``   hash       number of a job that has changed -> head, changes
+``P:search:S:parts``  hash       ``number.k`` -> changes of a job that has many; the k-th part, the oldest first
+``P:search:S:log``    string     for each revision, 6 bytes: the number of the job that changed
+``P:search:S:values`` hash       the values of the search
+``P:leases``          sorted set owner -> until when it lives (milliseconds since 1970, by the server's clock)
+``P:session:X``       string     the last write of connection X, and its answer; it expires
+===================== ========== ===================================================================================
 
-A job is stored as what happened to it, one frame after the other (see ``redis_frames``), each followed by its revision
-(6 bytes); whoever reads it applies the changes. So a write sends what has changed and reads nothing, and the server
-need not understand a record. A head in front says what it must know: the number of parts that were written before (4
-bytes), and the owner (2 for its length, then a mark and its name; nothing for nobody).
+A job is stored as what happened to it, one frame after the other (see ``redis_frames``), each change followed by its
+revision (6 bytes); whoever reads it applies the changes. So a write sends what has changed and reads little, and the
+server need not understand a record. A head in front says what it must know: the number of parts (4 bytes), and the
+owner (2 for its length, then a mark and its name; nothing for nobody).
+
+A run has the revision of its first job (6 bytes), how many jobs it has (2), their owner (as above), where the frames of
+the first begin and those of each end (4 bytes each; the first need not be 0), and the frames. None goes over a multiple
+of 32, so the run of a job is soon found.
 
 Lua keeps each string once. Older servers look for it among those whose last byte, and few others, are the same, so what
 is long should end in different ways. A revision does, and so does a check sum.
@@ -102,29 +107,84 @@ local function many(command, key, items)
 end
 """
 
-# What a search consists of goes together: a hash without its log was not left so by us.
+# What a search consists of goes together: a log that is too short was not left so by us, nor one of changes that are gone.
 _SEARCH = """
+local searches, read = root .. ':searches', struct.unpack
 local function search(id)
-  local searches = root .. ':searches'
-  if call('HEXISTS', searches, id) == 0 then return {'no search', id, call('HLEN', searches)} end
+  local count = call('HGET', searches, id)
+  if not count then return {'no search', id, call('HLEN', searches)} end
   local base = root .. ':search:' .. id
-  local jobs, log, parts = base .. ':jobs', base .. ':log', base .. ':parts'
-  local count, revision = call('HLEN', jobs), call('LLEN', log)
-  if count > revision or (count == 0 and revision > 0) then return {'lost', id} end
-  return nil, jobs, log, parts, count, revision
+  local revision = call('STRLEN', base .. ':log') / 6
+  count = tonumber(count)
+  if revision % 1 ~= 0 or revision < count or (revision > count) ~= (call('EXISTS', base .. ':jobs') == 1) then
+    return {'lost', id}
+  end
+  if revision > 80000000 then return {'full', id} end
+  return nil, base, count, revision
 end
 """
 
-# One read of a job: its value, or a table of it and its parts.
-_WHOLE = """
-local function whole(parts, number, value)
-  local count = struct.unpack('>I4', value)
-  if count == 0 then return value end
-  local all = {value}
-  for k = 0, count - 1 do
-    local part = call('HGET', parts, number .. '.' .. k)
-    if not part then return nil end
-    all[k + 2] = part
+# A number as 6 bytes, for many numbers that are near one another: struct.pack takes its time.
+_SIX = """
+local fronts, backs = {}, {}
+local function six(number)
+  local last = number % 256
+  local rest = number - last
+  local front, back = fronts[rest], backs[last]
+  if not front then
+    front = string.sub(struct.pack('>I6', rest), 1, 5)
+    fronts[rest] = front
+  end
+  if not back then
+    back = string.char(last)
+    backs[last] = back
+  end
+  return front .. back
+end
+"""
+
+# Gives a function that finds the run of a job.
+_RUNS = """
+local function runs(base)
+  local key, known = base .. ':new', {}
+  local function fetch(first, number)
+    local run = call('HGET', key, first)
+    if not run then return nil end
+    local revision, size, owner, at = read('>I6I2I2c0', run)
+    if first + size > number then
+      return {first = first, past = first + size, revision = revision, owner = owner, text = run, at = at}
+    end
+  end
+  return function(number)
+    local page = number - number % 32
+    local found = known[page]
+    if found and found.first <= number and number < found.past then return found end
+    found = fetch(page, number)
+    for first = number, page + 1, -1 do
+      if found then break end
+      found = fetch(first, number)
+    end
+    known[page] = found
+    return found
+  end
+end
+"""
+
+# A job in pieces: as it was inserted, the parts, and the changes after those.
+_PIECES = """
+local function pieces(base, run, number, value)
+  if not run.ends then
+    run.ends = {read('>' .. string.rep('I4', run.past - run.first + 1), run.text, run.at)}
+    run.offset = run.ends[#run.ends] - run.ends[1]
+  end
+  local ends, offset, k = run.ends, run.offset, number - run.first
+  local all = {string.sub(run.text, offset + ends[k + 1], offset + ends[k + 2] - 1)}
+  if value then
+    for part = 0, read('>I4', value) - 1 do
+      all[#all + 1] = call('HGET', base .. ':parts', number .. '.' .. part)
+      if not all[#all] then return nil end
+    end
+    all[#all + 1] = value
   end
   return all
 end
@@ -140,36 +200,49 @@ NEW_SEARCH = Script(
 local searches = root .. ':searches'
 local id = call('HLEN', searches)
 local base = root .. ':search:' .. id
-if call('EXISTS', base .. ':jobs', base .. ':log', base .. ':parts', base .. ':values') > 0 then
+if call('EXISTS', base .. ':new', base .. ':jobs', base .. ':log', base .. ':parts', base .. ':values') > 0 then
   return {'lost', tostring(id)}
 end
 call('HSETNX', root, 'schema', ARGV[4])
-call('HSET', searches, id, call('TIME')[1])
+call('HSET', searches, id, 0)
 return done({'ok', id})
 """,
     writes=True,
 )
 
-# search, lengths of the jobs (a head and a frame each), the jobs -> first number, first revision
+# search; then for those jobs of each owner: the owner, where the frames begin and end, the frames
+# -> first number, first revision
 ADD = Script(
     _MANY,
     _SEARCH,
+    _SIX,
     """
-local failure, jobs, log, parts, number, revision = search(ARGV[4])
+local failure, base, count, revision = search(ARGV[4])
 if failure then return failure end
-local lengths, frames = cmsgpack.unpack(ARGV[5]), ARGV[6]
-local answer = {'ok', number, revision + 1}
-local new, changed, from = {}, {}, 1
+local answer, new, log = {'ok', count, revision + 1}, {}, {}
 local sub, pack = string.sub, struct.pack
-for i = 1, #lengths do
-  revision = revision + 1
-  local to = from + lengths[i]
-  new[2 * i - 1], new[2 * i] = number, sub(frames, from, to - 1) .. pack('>I6', revision)
-  changed[i] = number
-  number, from = number + 1, to
+for a = 5, #ARGV, 3 do
+  local owner, ends, frames = ARGV[a], ARGV[a + 1], ARGV[a + 2]
+  local size, i = #ends / 4 - 1, 0
+  while i < size do
+    local j = math.min(size, i + 32 - count % 32)
+    local from, to = read('>I4', ends, 4 * i + 1), read('>I4', ends, 4 * j + 1)
+    while to - from > 65536 and j > i + 1 do
+      j = math.floor((i + j) / 2)
+      to = read('>I4', ends, 4 * j + 1)
+    end
+    new[#new + 1] = count
+    new[#new + 1] = pack('>I6I2I2', revision + 1, j - i, #owner)
+      .. owner .. sub(ends, 4 * i + 1, 4 * j + 4) .. sub(frames, from + 1, to)
+    for number = count, count + j - i - 1 do log[#log + 1] = six(number) end
+    count, revision, i = count + j - i, revision + j - i, j
+  end
 end
-many('HSET', jobs, new)
-many('RPUSH', log, changed)
+if #log > 0 then
+  many('HSET', base .. ':new', new)
+  call('APPEND', base .. ':log', table.concat(log))
+  call('HSET', searches, ARGV[4], count)
+end
 return done(answer)
 """,
     writes=True,
@@ -180,113 +253,148 @@ return done(answer)
 CHANGE = Script(
     _MANY,
     _SEARCH,
+    _SIX,
+    _RUNS,
     """
 local heir, todo, ids = ARGV[4], {}, {}
-local sub, pack, read = string.sub, struct.pack, struct.unpack
+local sub, pack = string.sub, struct.pack
+local names = {}
+local function named(owner)
+  local name = names[owner]
+  if not name then
+    name = pack('>I2', #owner) .. owner
+    names[owner] = name
+  end
+  return name
+end
 for a = 5, #ARGV, 5 do
   local id = ARGV[a]
-  local failure, jobs, log, parts, _, revision = search(id)
+  local failure, base, count, revision = search(id)
   if failure then return failure end
   local numbers, conditions = cmsgpack.unpack(ARGV[a + 1]), cmsgpack.unpack(ARGV[a + 2])
   local lengths, frames = cmsgpack.unpack(ARGV[a + 3]), ARGV[a + 4]
-  local new, place, changed, sealed, from = {}, {}, {}, {}, 1
+  local new, place, log, sealed, from, run_of = {}, {}, {}, {}, 1, runs(base)
+  local many_frames, many_conditions = lengths[2], conditions[2]
+  local frame, condition = frames, conditions[1]
   for first = 1, #numbers, 4000 do
-    local values = call('HMGET', jobs, unpack(numbers, first, math.min(first + 3999, #numbers)))
+    local values = call('HMGET', base .. ':jobs', unpack(numbers, first, math.min(first + 3999, #numbers)))
     for k = 1, #values do
       local i = first + k - 1
-      local number = numbers[i]
-      local at = place[number]
+      local name = numbers[i]
+      local number, at = tonumber(name), place[name]
       local value = at and new[at] or values[k]
-      if not value then return {'no job', id .. '.' .. number} end
-      local frame = frames
-      if lengths[2] then
+      if many_conditions then condition = conditions[i] end
+      if many_frames then
         frame = sub(frames, from, from + lengths[i] - 1)
         from = from + lengths[i]
       end
-      local condition = conditions[i] or conditions[1]
-      local count, owner, start = read('>I4I2c0', value)
-      if condition == '' or condition == owner or condition == read('>I6', value, #value - 5) then
+      local run
+      if not value then
+        if number >= count then return {'no job', id .. '.' .. name} end
+        run = run_of(number)
+        if not run then return {'lost', id} end
+        value = '\0\0\0\0' .. named(run.owner)
+      end
+      local is_met = condition == ''
+      if type(condition) == 'number' then
+        is_met = condition == (run and run.revision + number - run.first or read('>I6', value, #value - 5))
+      elseif not is_met then
+        local owner = named(condition)
+        is_met = sub(value, 5, 4 + #owner) == owner
+      end
+      if is_met then
         revision = revision + 1
-        changed[#changed + 1] = number
+        log[#log + 1] = six(number)
         if not at then
           at = #new + 2
-          new[at - 1], place[number] = number, at
+          new[at - 1], place[name] = name, at
         end
-        if heir == '' and #value < 16384 then
-          new[at] = value .. frame .. pack('>I6', revision)
-        else
+        if heir ~= '' or #value > 16384 then
+          local parts, owner, start = read('>I4I2c0', value)
           local body = sub(value, start)
-          if #value >= 16384 then
-            if #sealed == 0 then call('HLEN', parts) end
-            sealed[#sealed + 1] = number .. '.' .. count
+          if #body > 16384 then
+            if #sealed == 0 then call('HLEN', base .. ':parts') end
+            sealed[#sealed + 1] = name .. '.' .. parts
             sealed[#sealed + 1] = body
-            body, count = '', count + 1
+            body, parts = '', parts + 1
           end
           if heir ~= '' then
             owner = heir
-            ids[#ids + 1] = id .. '.' .. number
+            ids[#ids + 1] = id .. '.' .. name
           end
-          new[at] = pack('>I4I2', count, #owner) .. owner .. body .. frame .. pack('>I6', revision)
+          value = pack('>I4', parts) .. named(owner) .. body
         end
+        new[at] = value .. frame .. six(revision)
       end
     end
   end
-  todo[#todo + 1] = {jobs, new, log, changed, parts, sealed}
+  if #log > 0 then todo[#todo + 1] = {base, new, table.concat(log), sealed} end
 end
 for _, it in ipairs(todo) do
-  many('HSET', it[1], it[2])
-  many('RPUSH', it[3], it[4])
-  many('HSET', it[5], it[6])
+  many('HSET', it[1] .. ':jobs', it[2])
+  call('APPEND', it[1] .. ':log', it[3])
+  many('HSET', it[1] .. ':parts', it[4])
 end
 return done({'ok', ids})
 """,
     writes=True,
 )
 
-# search, numbers -> the jobs
+# search, numbers -> revision and pieces of each job, in turn
 GET = Script(
     _SEARCH,
-    _WHOLE,
+    _RUNS,
+    _PIECES,
     """
-local failure, jobs, log, parts = search(ARGV[1])
+local failure, base, count = search(ARGV[1])
 if failure then return failure end
-local numbers = cmsgpack.unpack(ARGV[2])
-local found = call('HMGET', jobs, unpack(numbers))
-for i, number in ipairs(numbers) do
-  if not found[i] then return {'no job', ARGV[1] .. '.' .. number} end
-  found[i] = whole(parts, number, found[i])
-  if not found[i] then return {'lost', ARGV[1]} end
+local numbers, run_of, found = cmsgpack.unpack(ARGV[2]), runs(base), {}
+local values = call('HMGET', base .. ':jobs', unpack(numbers))
+for i, name in ipairs(numbers) do
+  local number, value = tonumber(name), values[i]
+  if number >= count then return {'no job', ARGV[1] .. '.' .. name} end
+  local run = run_of(number)
+  local all = run and pieces(base, run, number, value)
+  if not all then return {'lost', ARGV[1]} end
+  found[2 * i - 1] = value and read('>I6', value, #value - 5) or run.revision + number - run.first
+  found[2 * i] = all
 end
 return {'ok', found}
 """,
 )
 
-# search, since, how many changes to look at -> how far this goes, whether that is the end, number and job in turn.
+# search, since, how many changes to look at -> how far this goes, whether that is the end; number, revision, pieces.
 # A job that has changed again beyond what was looked at is left out: it comes later.
 SCAN = Script(
     _SEARCH,
-    _WHOLE,
+    _RUNS,
+    _PIECES,
     """
-local failure, jobs, log, parts, _, revision = search(ARGV[1])
+local failure, base, count, revision = search(ARGV[1])
 if failure then return failure end
 local since = tonumber(ARGV[2])
 local to = math.min(revision, since + tonumber(ARGV[3]))
 if since >= revision then return {'ok', revision, 1, {}} end
-local numbers, seen = {}, {}
-for _, number in ipairs(call('LRANGE', log, since, to - 1)) do
-  if not seen[number] then
-    seen[number] = true
+local log = call('GETRANGE', base .. ':log', since * 6, to * 6 - 1)
+local numbers, last, run_of, found = {}, {}, runs(base), {}
+for at = to, since + 1, -1 do
+  local number = read('>I6', log, (at - since) * 6 - 5)
+  if not last[number] then
+    last[number] = at
     numbers[#numbers + 1] = number
   end
 end
-local values, found = call('HMGET', jobs, unpack(numbers)), {}
+local values = call('HMGET', base .. ':jobs', unpack(numbers))
 for i, number in ipairs(numbers) do
-  if not values[i] then return {'lost', ARGV[1]} end
-  if struct.unpack('>I6', values[i], #values[i] - 5) <= to then
-    local value = whole(parts, number, values[i])
-    if not value then return {'lost', ARGV[1]} end
+  local value, run = values[i], run_of(number)
+  local changed = value and read('>I6', value, #value - 5) or run and run.revision + number - run.first
+  if not run or changed < last[number] then return {'lost', ARGV[1]} end
+  if changed <= to then
+    local all = pieces(base, run, number, value)
+    if not all then return {'lost', ARGV[1]} end
     found[#found + 1] = number
-    found[#found + 1] = value
+    found[#found + 1] = changed
+    found[#found + 1] = all
   end
 end
 return {'ok', to, to == revision and 1 or 0, found}

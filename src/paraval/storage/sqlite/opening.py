@@ -104,7 +104,8 @@ def connect(path: Path, patience_s: float) -> sqlite3.Connection:
     try:
         for setting in _SETTINGS:
             ask(f"PRAGMA {setting}")
-        ask("SELECT count(*) FROM json_each('[1]')")  # which some builds of an old SQLite do not have
+        _refuse_if_too_old(ask)
+        _refuse_if_remote(ask, path)
         is_new = layout.prepare(ask, path)
         _choose_journal(ask, path, is_new=is_new)
     except BaseException as exc:
@@ -113,6 +114,32 @@ def connect(path: Path, patience_s: float) -> sqlite3.Connection:
             raise _told_from_file(exc, path) from exc
         raise
     return connection
+
+
+def _refuse_if_too_old(ask: Callable[..., list[Any]]) -> None:
+    """Raise if this SQLite cannot do what is asked of it in rows.py."""
+    try:
+        ask("SELECT count(*) FROM json_each('[1]')")
+        is_able = sqlite3.sqlite_version_info >= (3, 24)
+    except sqlite3.OperationalError as exc:
+        if "no such" not in str(exc):
+            raise
+        is_able = False
+    if not is_able:
+        raise StorageError(
+            f"the SQLite of this Python, {sqlite3.sqlite_version}, cannot hold a store: that takes 3.38, or 3.24 with "
+            "its JSON functions"
+        )
+
+
+def _refuse_if_remote(ask: Callable[..., list[Any]], path: Path) -> None:
+    """Raise if SQLite would write ahead where that cannot work."""
+    would_write_ahead = ask("PRAGMA journal_mode") == [("wal",)] or path.stat().st_size == 0
+    if has_sound_wal(sqlite3.sqlite_version_info) and would_write_ahead and (kind := network_file_system(path)):
+        raise StorageError(
+            f"the store {str(path)!r} is on a network file system ({kind}), where SQLite cannot write ahead (WAL): put "
+            "it on a disk of this machine, or use RedisStorage between machines"
+        )
 
 
 def has_sound_wal(version: tuple[int, ...]) -> bool:
@@ -164,11 +191,6 @@ def _choose_journal(ask: Callable[..., list[Any]], path: Path, *, is_new: bool) 
     """
     ((mode,),) = ask("PRAGMA journal_mode")
     if has_sound_wal(sqlite3.sqlite_version_info) and (is_new or mode == "wal"):
-        if kind := network_file_system(path):
-            raise StorageError(
-                f"the store {str(path)!r} is on a network file system ({kind}), where SQLite cannot write ahead (WAL): "
-                "put it on a disk of this machine, or use RedisStorage between machines"
-            )
         ask("PRAGMA journal_mode = WAL")
     elif mode == "wal":
         try:

@@ -48,6 +48,7 @@ LONG: Final = 8000
 """From so many bytes on, a log may be put aside."""
 
 _DIGITS: Final = 13
+_FEW: Final = 10
 
 _SEARCH: Final = """
 SELECT
@@ -107,8 +108,9 @@ class Search(NamedTuple):
             first = number << BITS
             found = connection.execute(_SEARCH, {"search": number, "first": first, "last": first + _MOST}).fetchone()
         if found is None:
-            known = search_ids(connection) or "none"
-            raise UnknownIdError(f"no search {search_id!r} in this storage; it has {known}")
+            known = search_ids(connection)
+            there = str(known or "none") if len(known) <= _FEW else f"{len(known)}, from '0' on"
+            raise UnknownIdError(f"no search {search_id!r:.80} in this storage; it has {there}")
         row, change = found
         before = number << BITS
         return cls(number, before if row is None else row + 1, (before if change is None else change) + 1)

@@ -418,10 +418,8 @@ class Evaluator(ReferenceNames, abc.ABC):
 
     def _tell_gathered(self, fresh: list[Job]) -> None:
         if self._writer is not None:
-            for job in fresh:
-                if not job.restored:
-                    note = {"timestamp_gather": job._gathered}
-                    self._writer.put_later(JobChange(job.id, metadata=note, by=self._owner))
+            gathered = [(job.id, {"timestamp_gather": job._gathered}) for job in fresh if not job.restored]
+            self._writer.put_later(*[JobChange(job_id, metadata=note, by=self._owner) for job_id, note in gathered])
         if self._callbacks:
             self._notifier.call("on_gather", fresh, [])
 

@@ -71,15 +71,15 @@ def encode_record(record: JobRecord) -> bytes:
     stored = _StoredRecord(*msgspec.structs.astuple(record))
     if record.error is not None:
         stored.error = encode_error(record.error)
-    # A job that is submitted has nothing but arguments: it is not looked at part by part.
+    # A job that is submitted has arguments and one note: it is not looked at part by part.
     known_plain = (
         record.kwargs is None
         and record.out is None
         and record.error is None
-        and record.metadata is None
         and record.objectives is None
         and record.extra is None
         and is_plain(record.args)
+        and is_plain(record.metadata)
     )
     return _RECORD_VERSION + _encode_struct(stored, _RECORD_PARTS, known_plain=known_plain)
 

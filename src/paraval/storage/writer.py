@@ -88,11 +88,12 @@ class Writer:
             self._todo.append((changes, written))
             self._wake()
 
-    def put_later(self, change: JobChange) -> None:
-        """Have a change written with others, or after a moment; it is dropped when a newer one of that job comes."""
+    def put_later(self, *changes: JobChange) -> None:
+        """Have changes written with others, or after a moment; one is dropped when a newer one of its job comes."""
         with self._condition:
-            self._later[change.id] = change
-            if len(self._later) == 1:
+            was_empty = not self._later
+            self._later.update({change.id: change for change in changes})
+            if was_empty and changes:
                 self._wake()
 
     def put_intermediate(self, job_id: str, budget: float, objective: float) -> None:

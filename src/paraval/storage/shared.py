@@ -42,7 +42,7 @@ class SharedMemoryStorage(Storage):
         self._store: Storage = MemoryStorage()
         self._link: Server | Connections = Server(self._store)
         # What ends the server must not keep this object alive; it is called at the exit of the interpreter, too.
-        self._finalizer = weakref.finalize(self, self._link.close)
+        self._finalizer = weakref.finalize(self, self._link.drop)
         with sockets.serving:  # a fork has all of it, or nothing
             _owners.add(self)
 

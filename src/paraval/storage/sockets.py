@@ -5,6 +5,7 @@ A frame is a length (8 bytes) and what :mod:`paraval.storage.calls` makes of a c
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
@@ -106,6 +107,19 @@ class Server:
                 _shut(connection)  # likewise
             self.address = ""
             self._remove_folder()
+
+    def drop(self) -> None:
+        """Close it, now or soon: the garbage collector may call this anywhere, even where the lock is waited for."""
+        if serving.acquire(blocking=False):
+            try:
+                self.close()
+            finally:
+                serving.release()
+            return
+        try:
+            _thread.start_new_thread(self.close, ())  # threading.Thread would wait until it has started
+        except RuntimeError:  # the interpreter ends, or there can be no more threads
+            self.close()
 
     def let_go(self) -> None:
         """In a forked child: close the child's copies of the sockets, of which the parent shall know nothing."""

@@ -54,6 +54,7 @@ def works(python: str, version: str) -> bool:
 
 
 PYTHONS = working_pythons()
+SIDE_BY_SIDE = ("-n", "2", "--dist", "worksteal")
 INSTALLED_ONLY = {"PYTHONPATH": None}  # what is tested is what was installed, whatever the caller's path says
 nox.options.sessions = [f"tests-{CURRENT}"]
 
@@ -67,7 +68,7 @@ def run_tests(session: nox.Session) -> None:
     """Run all tests against the installed package, with every extra."""
     # scikit-learn comes along: the digits example is the main job, and a test of it that always skips proves nothing.
     session.install(".[all,examples]", *groups("test"))
-    session.run("python", "-m", "pytest", *session.posargs, env=INSTALLED_ONLY)
+    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, *session.posargs, env=INSTALLED_ONLY)
 
 
 for _version, _python in PYTHONS.items():
@@ -120,7 +121,7 @@ def wheel(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist), ".")
     (built,) = dist.glob("*.whl")
     session.install(str(built), *groups("test-base"))
-    session.run("python", "-m", "pytest", *session.posargs, env=INSTALLED_ONLY)
+    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, *session.posargs, env=INSTALLED_ONLY)
 
 
 @nox.session

@@ -195,7 +195,9 @@ class Joblib:
         raise NotImplementedError
 
     def close(self) -> None:  # noqa: D102
+        executor = self._parallel._backend._workers
         self._parallel.__exit__(None, None, None)
+        executor.terminate()  # it would live on, and be cleaned away at an exit that these interpreters do not have
 
 
 def _expect(wanted: int, got: int) -> None:

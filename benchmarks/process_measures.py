@@ -286,7 +286,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 start = time.perf_counter()
 with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
-    assert wait([executor.submit(run_functions.noop, {"x": number}) for number in range(2)], return_when=FIRST_COMPLETED).done
+    futures = [executor.submit(run_functions.noop, {"x": number}) for number in range(2)]
+    assert wait(futures, return_when=FIRST_COMPLETED).done
     print(time.perf_counter() - start)
 """
 

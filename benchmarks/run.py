@@ -6,7 +6,6 @@ python benchmarks/run.py [--only NAME …] [--quick] [--strict] [--json FILE]
 from __future__ import annotations
 
 import argparse
-import atexit
 import multiprocessing
 import sys
 import time
@@ -51,14 +50,7 @@ def main() -> int:
 def measured(name: str, *, quick: bool) -> list[Row]:
     """Make one measure in an interpreter of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as interpreter:
-        return interpreter.submit(make, name, quick).result()
-
-
-def make(name: str, quick: bool) -> list[Row]:
-    """Make one measure in this interpreter, then what is to be done at its exit, which multiprocessing leaves out."""
-    rows = MEASURES[name](quick)
-    atexit._run_exitfuncs()
-    return rows
+        return interpreter.submit(MEASURES[name], quick).result()
 
 
 def parse() -> argparse.Namespace:

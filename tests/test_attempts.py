@@ -324,7 +324,9 @@ def dies_at_first(flags: Flags, times: int, *, raises: bool = False) -> Callable
 @pytest.mark.parametrize("batching", ["auto", 10])
 def test_a_job_whose_worker_dies_has_more_attempts(method: str, flags: Flags, batching: Any) -> None:
     storage = CountingStorage()
-    jobs = run(method, dies_at_first(flags, 2), 4, max_attempts=9, num_workers=2, batching=batching, storage=storage)
+    workers = 1 if method == "executor" else 2  # a pool that breaks could end another job while that is counting
+    kwargs = {"num_workers": workers, "batching": batching, "storage": storage}
+    jobs = run(method, dies_at_first(flags, 2), 4, max_attempts=9, **kwargs)
     assert errors(jobs) == []
     assert outputs(jobs) == [(x, 3) for x in range(4)]
     assert set(storage.terminal.values()) == {1}

@@ -155,27 +155,25 @@ def check(job: Job, kind: str) -> None:
         assert "it went wrong" in error.message
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_each_crash_is_one_failure(host: Host, place: str, face: Face) -> None:
-    crash(host, place, face, "auto")
+def test_each_crash_is_one_failure(host: Host, face: Face) -> None:
+    crash(host, face, "auto")
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_each_crash_is_one_failure_among_jobs_sent_ahead(host: Host, place: str) -> None:
-    crash(host, place, plain, 50)
+def test_each_crash_is_one_failure_among_jobs_sent_ahead(host: Host) -> None:
+    crash(host, plain, 50)
 
 
-def crash(host: Host, place: str, face: Face, batching: Any) -> None:
-    kinds = [*DEADLY, *RAISING]
+def crash(host: Host, face: Face, batching: Any) -> None:
+    crashes = [(place, kind) for place in PLACES for kind in (*DEADLY, *RAISING)]
     args_list = configurations(4)
-    for number, kind in enumerate(kinds):
+    for number, (place, kind) in enumerate(crashes):
         args_list += [wrong_configuration(place, kind), {"x": 10 * number}, {"x": 10 * number + 1}]
     storage = CountingStorage()
     kwargs = {"num_workers": 2, "batching": batching, "storage": storage, "job_class": HPOJob}
     evaluator = make(host, sometimes_wrong, **kwargs)
     jobs = face(evaluator, args_list)
     assert len({job.id for job in jobs}) == len(jobs) == len(args_list)
-    for number, kind in enumerate(kinds):
+    for number, (_, kind) in enumerate(crashes):
         check(evaluator.jobs[4 + 3 * number], kind)
     innocent = [job for number, job in enumerate(evaluator.jobs) if number < 4 or (number - 4) % 3]
     assert errors(innocent) == []
@@ -183,7 +181,7 @@ def crash(host: Host, place: str, face: Face, batching: Any) -> None:
     assert len(storage.terminal) == len(args_list)
     assert set(storage.terminal.values()) == {1}
     statistics = evaluator.statistics()
-    assert (statistics.failed, statistics.done) == (len(kinds), len(innocent))
+    assert (statistics.failed, statistics.done) == (len(crashes), len(innocent))
 
 
 @pytest.mark.parametrize("place", ["argument", "result"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -144,6 +145,42 @@ def test_a_close_is_no_end(storage: RedisStorage) -> None:
 
 
 # -- much --------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_found_however_they_were_inserted(storage: RedisStorage, redis_server: RedisServer) -> None:
+    """One by one, in large batches, over the multiples of 32, large ones, those of several owners; beside a model."""
+    memory = MemoryStorage()
+    chance = random.Random(1)
+    for each in (storage, memory):
+        each.new_search()
+    made: list[str] = []
+    for size in [1, 1, 29, 2, 31, 1, 33, 200, 3, 64, 1, 1]:
+        big = size in {29, 200}
+        for each in (storage, memory):
+            records = [
+                JobRecord(out="x" * 20_000 if big else number, owner=[None, "me", "you"][number // 5 % 3])
+                for number in range(size)
+            ]
+            each.insert("0", records)
+            assert [record.id for record in records] == [f"0.{len(made) + number}" for number in range(size)]
+        made += [f"0.{len(made) + number}" for number in range(size)]
+        changed = chance.sample(made, min(len(made), 20))
+        changes = [
+            JobChange(job_id, metadata={"n": n}, by=chance.choice([None, "me", "you"]))
+            for n, job_id in enumerate(changed + changed[:3])
+        ]
+        for each in (storage, memory):
+            each.update(changes)
+        revisions = {record.id: record.revision for record in memory.get(chance.sample(made, min(len(made), 3)))}
+        assert storage.adopt(revisions, "heir") == memory.adopt(revisions, "heir") == set(revisions)
+    assert storage.scan("0") == memory.scan("0")
+    _, revision = memory.scan("0")
+    for since in (revision - 1, revision - 40, revision // 2):
+        assert storage.scan("0", since) == memory.scan("0", since)
+    chance.shuffle(made)
+    assert storage.get(made) == memory.get(made)
+    runs = redis_server.call("HGETALL", f"{storage._prefix}:search:0:new")
+    assert max(len(run) for run in (runs.values() if isinstance(runs, dict) else runs[1::2])) < 80_000
 
 
 def test_a_long_record_is_kept_in_parts(storage: RedisStorage, search_id: str, redis_server: RedisServer) -> None:

@@ -295,11 +295,11 @@ def test_a_server_that_drops_what_it_keeps_is_told_of_once(own_server: RedisServ
 
 @pytest.fixture
 def keys(storage: RedisStorage, search_id: str) -> dict[str, str]:
-    """The keys of a search with two jobs, one of them long."""
+    """The keys of a search with two jobs, one of them with many changes."""
     insert(storage, search_id, 2, owner="me")
     storage.update([JobChange("0.1", metadata={str(x): "x" * 20_000}) for x in range(2)])
     storage.put_value(search_id, "k", 1)
-    names = ["", ":searches", ":leases", *(f":search:0:{name}" for name in ("jobs", "parts", "log", "values"))]
+    names = ["", ":searches", ":leases", *(f":search:0:{name}" for name in ("new", "jobs", "parts", "log", "values"))]
     return {name.rpartition(":")[2]: f"{storage._prefix}{name}" for name in names}
 
 
@@ -338,21 +338,23 @@ def test_a_later_release_wrote_it(storage: RedisStorage, keys: dict[str, str], r
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["", "searches", "jobs", "log", "parts"])
+@pytest.mark.parametrize("name", ["", "searches", "new", "jobs", "log", "parts"])
 def test_something_else_is_under_a_key(
     storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer, name: str
 ) -> None:
-    redis_server.call("SET", keys[name], "something else")
-    writes = [] if name == "parts" else ["insert"]
-    before = redis_server.call("DBSIZE")
-    is_named(storage, WrongStoreError, r"something else under the keys .*prefix=", "update", "adopt", "scan", *writes)
+    before = {key: redis_server.call("DUMP", key) for key in keys.values() if key != keys[name]}
+    redis_server.call("DEL", keys[name])
+    redis_server.call("SADD", keys[name], "something else")
+    used = set(uses(storage)) - {"jobs": {"insert"}, "parts": {"insert"}}.get(name, set())
+    is_named(storage, WrongStoreError, r"something else under the keys .*prefix=", *used)
+    assert before == {key: redis_server.call("DUMP", key) for key in before}, "all or none"
     if name == "":
         with pytest.raises(WrongStoreError):
             RedisStorage(redis_server.url, prefix=storage._prefix).connect()
-    assert redis_server.call("DBSIZE") == before
+    assert redis_server.call("TYPE", keys[name]) == b"set"
 
 
-@pytest.mark.parametrize("name", ["jobs", "log", "parts"])
+@pytest.mark.parametrize("name", ["new", "jobs", "log", "parts"])
 def test_a_key_is_missing(storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer, name: str) -> None:
     redis_server.call("DEL", keys[name])
     used = ["get", "scan"] if name == "parts" else list(uses(storage))
@@ -371,10 +373,28 @@ def test_the_list_of_searches_is_missing(
 
 
 def test_a_job_is_missing(storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer) -> None:
+    changed = redis_server.call("HGET", keys["jobs"], "1")
     redis_server.call("HDEL", keys["jobs"], "1")
+    redis_server.call("HSET", keys["jobs"], "5", "x")
     is_named(storage, CorruptStoreError, "some of search '0' is missing", "scan")
-    with pytest.raises(UnknownIdError):
-        storage.get(["0.1"])
+    redis_server.call("HSET", keys["jobs"], "1", changed)
+    redis_server.call("HDEL", keys["new"], "0")
+    redis_server.call("HSET", keys["new"], "5", "x")
+    is_named(storage, CorruptStoreError, "some of search '0' is missing", "get", "scan", "update", "adopt")
+
+
+def test_a_log_that_is_too_short_is_named(
+    storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer
+) -> None:
+    log = redis_server.call("GET", keys["log"])
+    assert len(log) == 6 * storage.scan("0")[1]
+    for short in (log[:-1], log[:6]):
+        redis_server.call("SET", keys["log"], short)
+        is_named(storage, CorruptStoreError, "some of search '0' is missing", *uses(storage))
+    insert(storage, storage.new_search(), 3)
+    redis_server.call("SET", keys["log"].replace(":0:", ":1:"), log[:12])
+    with pytest.raises(CorruptStoreError, match="some of search '1' is missing"):
+        storage.scan("1")
 
 
 class _Trap:
@@ -385,39 +405,47 @@ class _Trap:
 CANARY = pickle.dumps(_Trap())
 
 
-@pytest.mark.parametrize(
-    "junk", [b"", b"x", b"\xff" * 40, b"\x00" * 40, CANARY, b"\x00" * 6 + b"R\x00\x00\x00\x05\x01\x81"]
-)
+@pytest.mark.parametrize("name", ["new", "jobs"])
+@pytest.mark.parametrize("junk", [b"", b"x", b"\xff" * 40, bytes(40), CANARY, bytes(6) + b"R\0\0\0\5\1\x81" + bytes(9)])
 def test_a_damaged_job_is_named(
-    storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer, junk: bytes
+    storage: RedisStorage, keys: dict[str, str], redis_server: RedisServer, junk: bytes, name: str
 ) -> None:
-    good = redis_server.call("HGET", keys["jobs"], "0")
-    redis_server.call("HSET", keys["jobs"], "1", junk)
-    is_named(storage, CorruptStoreError, "damaged|missing", "get")
-    with contextlib.suppress(CorruptStoreError):  # a change reads no more of a job than its head
+    """What is damaged are the changes of one job, or all that was inserted."""
+    redis_server.call("HSET", keys[name], "0" if name == "new" else "1", junk)
+    is_named(storage, CorruptStoreError, "damaged|missing", "get", "scan")
+    before = redis_server.call("DUMP", keys["jobs"])
+    try:
         storage.update([JobChange("0.0", out=1), JobChange("0.1", out=1)])
-    else_changed = redis_server.call("HGET", keys["jobs"], "0") != good
-    assert else_changed == (redis_server.call("HGET", keys["jobs"], "1") != junk), "all or none"
-    is_named(storage, CorruptStoreError, "damaged|missing", "get")
+    except CorruptStoreError:
+        assert redis_server.call("DUMP", keys["jobs"]) == before, "all or none"
+    else:
+        assert redis_server.call("HLEN", keys["jobs"]) == 2, "a change reads no more of a job than its head"
+    is_named(storage, CorruptStoreError, "damaged|missing", "get", "scan")
 
 
+@pytest.mark.parametrize(("name", "head"), [("new", 6 + 2 + 2 + len("=me") + 2 * 4), ("jobs", 4 + 2 + len("=me"))])
 def test_a_record_that_was_cut_or_changed_is_named(
-    storage: RedisStorage, search_id: str, redis_server: RedisServer
+    storage: RedisStorage, search_id: str, redis_server: RedisServer, name: str, head: int
 ) -> None:
     insert(storage, search_id, 1, args=({"x": 1.5, "name": "adam"},), owner="me", out=[1, 2, {"a": b"b" * 90}])
-    key = f"{storage._prefix}:search:0:jobs"
+    storage.update([JobChange("0.0", out="some text"), JobChange("0.0", metadata={"a": [1, 2]})])
+    key = f"{storage._prefix}:search:0:{name}"
     whole = redis_server.call("HGET", key, "0")
-    (record,) = storage.get(["0.0"])
-    frame = range(6 + len("=me"), len(whole) - 6)  # between its head and its revision
-    for damaged in (
-        *[whole[:cut] for cut in range(0, len(whole), 5)],
-        *[whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :] for place in frame],
-    ):
+    records = storage.get(["0.0"])
+    revisions = [whole.find((2).to_bytes(6)), len(whole) - 6] if name == "jobs" else []  # the only thing not checked
+    places = [
+        place
+        for place in range(head, len(whole))
+        if not any(revision <= place < revision + 6 for revision in revisions)
+    ]
+    damages = [whole[:cut] for cut in range(0, len(whole), 5)]
+    damages += [whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :] for place in places]
+    for damaged in damages:
         redis_server.call("HSET", key, "0", damaged)
         with pytest.raises(CorruptStoreError):
             storage.get(["0.0"])
     redis_server.call("HSET", key, "0", whole)
-    assert storage.get(["0.0"]) == [record]
+    assert storage.get(["0.0"]) == records
 
 
 def test_hostile_bytes_are_never_executed(
@@ -458,18 +486,20 @@ def test_hostile_bytes_are_never_executed(
             return kind + len(data).to_bytes(4) + data + zlib.crc32(data).to_bytes(4) + bytes(6)
 
         keys, head = {keys!r}, bytes(6)
-        for field in ("0", "1"):
-            for value in (
-                canary, head + canary, head + frame(b"R", canary), head + frame(b"R", b"\\x01" + canary),
-                head + frame(b"R", b"\\x01\\x81\\xa3out" + inner) + frame(b"C", canary),
-                head + frame(b"R", b"\\x01\\x80") + frame(b"C", b"\\x81\\xa3out" + inner) + frame(b"A", canary),
-                head + frame(b"R", b"\\x01\\x80") + frame(b"C", b"\\x81\\xa5error\\x81\\xa4kind" + inner),
-                head + frame(b"R", b"\\x01\\x80") + frame(canary[:1], canary),
-            ):
-                before = client.hget(keys["jobs"], field)
-                client.hset(keys["jobs"], field, value)
-                use()
-                client.hset(keys["jobs"], field, before)
+        values = [
+            canary, head + canary, head + frame(b"C", canary), head + frame(b"C", b"\\x81\\xa3out" + inner + canary),
+            head + frame(b"C", b"\\x81\\xa3out" + inner) + frame(b"A", canary),
+            head + frame(b"C", b"\\x81\\xa5error\\x81\\xa4kind" + inner), head + frame(canary[:1], canary),
+        ]
+        runs = [canary]
+        for inserted in (canary, frame(b"R", canary), frame(b"R", b"\\x01" + canary), frame(b"C", canary)):
+            ends = bytes(4) + 2 * len(inserted[:-6]).to_bytes(4)
+            runs.append((1).to_bytes(6) + b"\\0\\2" + bytes(2) + ends + inserted[:-6])
+        for name, field, value in [("jobs", "1", each) for each in values] + [("new", "0", each) for each in runs]:
+            before = client.hget(keys[name], field)
+            client.hset(keys[name], field, value)
+            use()
+            client.hset(keys[name], field, before)
         for name, field in (("parts", "1.0"), ("values", "k"), ("searches", "0"), ("", "schema")):
             key = keys[name]
             before = client.hget(key, field)
@@ -479,9 +509,9 @@ def test_hostile_bytes_are_never_executed(
         for session in client.keys(keys[""] + ":session:*"):
             client.set(session, canary)
             use()
-        client.lset(keys["log"], 0, canary)
+        client.set(keys["log"], canary * 6)
         use()
-        print(refused >= 16 * 2 + 5, seen)
+        print(refused >= 12 * 2 + 5, seen)
         pickle.loads(canary)
         print(*[event for event, _ in seen])
         storage.close()

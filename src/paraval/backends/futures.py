@@ -148,9 +148,10 @@ class Pool:
 
         A ``ProcessPoolExecutor`` that starts a process at the moment when it breaks may forget calls, leave the process
         behind, or hand closed pipes to multiprocessing's fork server, which dies of it and takes other pools along.
+        (One that replaces its processes after some calls has to start them later, too.)
         """
-        if self._is_ours and hasattr(self._executor, "_safe_to_dynamically_spawn_children"):
-            self._executor._safe_to_dynamically_spawn_children = False
+        if self._is_ours and getattr(self._executor, "_max_tasks_per_child", 0) is None:
+            vars(self._executor)["_safe_to_dynamically_spawn_children"] = False
 
     def _submit_slowly(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
         # One at a time: of two pools that fork at once, one process may inherit what tells of the other's end.

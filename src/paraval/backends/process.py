@@ -153,8 +153,9 @@ class ProcessSlot(Slot):
     def _encode(self, batch: Batch, sent: dict[str, Job]) -> bytes:
         items: list[tuple[str, Any]] = []
         for job in list(sent.values()):
-            if is_plain(job.args):
-                items.append((job.id, job.args))
+            args = job.args
+            if is_plain(args):
+                items.append((job.id, args))
                 continue
             try:
                 items.append((job.id, Sealed(dumps(job.args, "the arguments"))))
@@ -180,11 +181,14 @@ class ProcessSlot(Slot):
     def _take(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: Frame) -> None:
         match frame[0]:
             case "done":
+                finish, is_captured = batch.finish_sent, self._backend.is_captured
                 for job_id, started, finished, error, value in frame[1]:
                     job = sent.get(job_id)
                     if job is not None:
-                        self._attach_output(process, (job,))
-                        batch.finish_sent(job, _outcome(error, value), started, finished)
+                        if is_captured:
+                            self._attach_output(process, (job,))
+                        is_plain_result = error is None and type(value) is not Sealed
+                        finish(job, Outcome(value) if is_plain_result else _outcome(error, value), started, finished)
             case "back":
                 job_ids, current, started = frame[1:]
                 if current in sent or not sent.keys().isdisjoint(job_ids):  # else it is late, and means jobs before
@@ -246,6 +250,7 @@ class ProcessBackend(Backend):
         self._group: TaskGroup | None = None
         self.max_jobs_per_worker = max_jobs_per_worker
         self._capture = capture
+        self.is_captured = capture is not None
         self.batch_limit = None if capture is None else 1  # whose output is it, else?
         self._function = function
         self._is_async = is_async(function)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from paraval.errors import BadValueError, CorruptStoreError, StorageError, WrongStoreError
@@ -15,7 +15,7 @@ from paraval.storage import redis_scripts as scripts
 from paraval.storage.base import Storage, UnknownIdError, UnstorableError
 from paraval.storage.codec import decode, encode
 from paraval.storage.records import JobChange, JobRecord
-from paraval.storage.redis_arguments import Groups, as_bytes, as_text, joined, mark, once, packed, placed, split
+from paraval.storage.redis_arguments import Groups, as_bytes, as_text, in_log, joined, mark, once, packed, placed, split
 from paraval.storage.redis_frames import frame_of_adoption, frame_of_change, frame_of_record, record_of
 from paraval.storage.redis_server import parse
 
@@ -217,7 +217,7 @@ class RedisStorage(Storage):
         for search_id, (numbers, conditions, frames) in groups.by_search.items():
             lengths, body = joined(frames[:1] if heir else frames)
             _refuse_beyond(len(body), f"what was given of {len(numbers)} jobs")
-            args += [as_bytes(search_id), packed(numbers), packed(once(conditions)), lengths, body]
+            args += [as_bytes(search_id), packed(numbers), in_log(numbers), packed(once(conditions)), lengths, body]
         (adopted,) = self._run(scripts.CHANGE, *args)
         return list(adopted)
 
@@ -231,9 +231,8 @@ class RedisStorage(Storage):
             for first in range(0, len(here), _JOBS):
                 some = here[first : first + _JOBS]
                 numbers = packed([split(asked[place])[1] for place in some])
-                (values,) = self._run(scripts.GET, as_bytes(search_id), numbers)
-                for place, revision, pieces in zip(some, values[::2], values[1::2], strict=True):
-                    found[place] = self._read(asked[place], revision, pieces)
+                (answer,) = self._run(scripts.GET, as_bytes(search_id), numbers)
+                found |= zip(some, self._read(search_id, answer), strict=True)
         return [found[place] for place in range(len(asked))]
 
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
@@ -243,19 +242,22 @@ class RedisStorage(Storage):
         limit, most = _CHANGES
         since, is_end = max(0, since), False
         while not is_end:
-            since, is_end, values = self._run(scripts.SCAN, as_bytes(search_id), b"%d" % since, b"%d" % limit)
-            for number, revision, pieces in zip(values[::3], values[1::3], values[2::3], strict=True):
-                job_id = f"{search_id}.{number}"
-                found[job_id] = self._read(job_id, revision, pieces)
-            if sum(sum(map(len, pieces)) for pieces in values[2::3]) < _SMALL:
+            since, is_end, answer = self._run(scripts.SCAN, as_bytes(search_id), b"%d" % since, b"%d" % limit)
+            found |= {record.id: record for record in self._read(search_id, answer)}
+            if sum(len(item) for item in answer if isinstance(item, bytes)) < _SMALL:
                 limit = min(4 * limit, most)
         return sorted(found.values(), key=_revision), since
 
-    def _read(self, job_id: str, revision: int, pieces: list[bytes]) -> JobRecord:
-        try:
-            return record_of(job_id, revision, pieces)
-        except CorruptStoreError as exc:
-            raise CorruptStoreError(f"{self!r}: {exc}") from exc
+    def _read(self, search_id: str, answer: list[Any]) -> Iterator[JobRecord]:
+        """Give the records in an answer: for each job its number, its revision, how many pieces it has, and those."""
+        at = 0
+        while at < len(answer):
+            number, revision, count = answer[at : at + 3]
+            at += 3 + count
+            try:
+                yield record_of(f"{search_id}.{number}", revision, answer[at - count : at])
+            except CorruptStoreError as exc:
+                raise CorruptStoreError(f"{self!r}: {exc}") from exc
 
     # -- leases --------------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ from typing import Any, Final
 import msgspec
 
 from paraval.storage.base import UnknownIdError
+from paraval.storage.redis_scripts import NUMBER_SIZE
 
-__all__ = ["Groups", "as_bytes", "as_text", "joined", "mark", "once", "packed", "placed", "split"]
+__all__ = ["Groups", "as_bytes", "as_text", "in_log", "joined", "mark", "once", "packed", "placed", "split"]
 
 
 class Groups:
@@ -68,6 +69,11 @@ def packed(items: Sequence[str | int]) -> bytes:
         return _encoder.encode(items)
     except UnicodeEncodeError:  # half a character; the name of nothing that is there
         return _encoder.encode([item if isinstance(item, int) else as_text(as_bytes(item)) for item in items])
+
+
+def in_log(numbers: Sequence[str]) -> bytes:
+    """Give the numbers of jobs as they are in the log."""
+    return b"".join([int(number).to_bytes(NUMBER_SIZE) for number in numbers])
 
 
 def joined(frames: list[bytes]) -> tuple[bytes, bytes]:

@@ -14,7 +14,7 @@ from typing import Final
 from paraval.errors import CorruptStoreError
 from paraval.storage.codec import decode, decode_change, decode_record, encode, encode_change, encode_record
 from paraval.storage.records import JobChange, JobRecord, adopt
-from paraval.storage.redis_scripts import HEAD, REVISION_SIZE
+from paraval.storage.redis_scripts import HEAD, NUMBER_SIZE
 
 __all__ = ["frame_of_adoption", "frame_of_change", "frame_of_record", "record_of"]
 
@@ -58,7 +58,7 @@ def record_of(job_id: str, revision: int, pieces: list[bytes]) -> JobRecord:
         if changes:
             _, owner = HEAD.unpack_from(changes[-1])
             changes[-1] = changes[-1][HEAD.size + owner :]
-        record = _replay(b"".join([inserted, bytes(REVISION_SIZE), *changes]))
+        record = _replay(b"".join([inserted, bytes(NUMBER_SIZE), *changes]))
     except (CorruptStoreError, struct.error, ValueError, TypeError, AttributeError, RecursionError) as exc:
         raise CorruptStoreError(f"the record of job {job_id!r} is damaged: {exc}") from exc
     record.id, record.revision = job_id, revision
@@ -74,7 +74,7 @@ def _replay(frames: bytes) -> JobRecord:
         at += size
         if (zlib.crc32(data),) != _TAIL.unpack_from(frames, at):
             raise CorruptStoreError("a check sum is wrong")
-        at += _TAIL.size + REVISION_SIZE
+        at += _TAIL.size + NUMBER_SIZE
         if record is None and kind == _RECORD:
             record = decode_record(data)
         elif record is not None and kind == _CHANGE:

@@ -46,10 +46,10 @@ __all__ = [
     "HEAD",
     "HELLO",
     "NEW_SEARCH",
+    "NUMBER_SIZE",
     "OWNERS",
     "PUT_VALUE",
     "RENEW",
-    "REVISION_SIZE",
     "SCAN",
     "SCHEMA",
     "SEARCHES",
@@ -59,7 +59,8 @@ __all__ = [
 SCHEMA: Final = 1
 HEAD: Final = struct.Struct(">IH")
 """The head of a job: how many parts, and the length of its owner, who follows."""
-REVISION_SIZE: Final = 6
+NUMBER_SIZE: Final = 6
+"""Bytes of a revision, and of a job's number in the log."""
 
 
 class Script:
@@ -107,19 +108,21 @@ local function many(command, key, items)
 end
 """
 
-# What a search consists of goes together: a log that is too short was not left so by us, nor one of changes that are gone.
+# What a search consists of goes together: what is missing, or too short, was not left so by us. A string of Redis has
+# at most 512 MB, and so has the log.
 _SEARCH = """
 local searches, read = root .. ':searches', struct.unpack
-local function search(id)
+local function search(id, is_to_grow)
   local count = call('HGET', searches, id)
   if not count then return {'no search', id, call('HLEN', searches)} end
   local base = root .. ':search:' .. id
   local revision = call('STRLEN', base .. ':log') / 6
   count = tonumber(count)
-  if revision % 1 ~= 0 or revision < count or (revision > count) ~= (call('EXISTS', base .. ':jobs') == 1) then
+  local keys = (count > 0 and 1 or 0) + (revision > count and 1 or 0)
+  if revision % 1 ~= 0 or revision < count or call('EXISTS', base .. ':new', base .. ':jobs') ~= keys then
     return {'lost', id}
   end
-  if revision > 80000000 then return {'full', id} end
+  if is_to_grow and revision > 80000000 then return {'full', id} end
   return nil, base, count, revision
 end
 """
@@ -170,23 +173,24 @@ local function runs(base)
 end
 """
 
-# A job in pieces: as it was inserted, the parts, and the changes after those.
-_PIECES = """
-local function pieces(base, run, number, value)
+# Adds a job to an answer: its number, its revision, how many pieces it has, and those: as it was inserted, the parts,
+# and the changes after those. Gives the new length of the answer; nil if something is missing.
+_TELL = """
+local function tell(answer, size, base, run, number, revision, value)
   if not run.ends then
     run.ends = {read('>' .. string.rep('I4', run.past - run.first + 1), run.text, run.at)}
     run.offset = run.ends[#run.ends] - run.ends[1]
   end
-  local ends, offset, k = run.ends, run.offset, number - run.first
-  local all = {string.sub(run.text, offset + ends[k + 1], offset + ends[k + 2] - 1)}
-  if value then
-    for part = 0, read('>I4', value) - 1 do
-      all[#all + 1] = call('HGET', base .. ':parts', number .. '.' .. part)
-      if not all[#all] then return nil end
-    end
-    all[#all + 1] = value
+  local k, parts = number - run.first, value and read('>I4', value) or 0
+  answer[size + 1], answer[size + 2], answer[size + 3] = number, revision, value and parts + 2 or 1
+  answer[size + 4] = string.sub(run.text, run.offset + run.ends[k + 1], run.offset + run.ends[k + 2] - 1)
+  for part = 1, parts do
+    local found = call('HGET', base .. ':parts', number .. '.' .. part - 1)
+    if not found then return nil end
+    answer[size + 4 + part] = found
   end
-  return all
+  answer[size + 5 + parts] = value or nil
+  return size + 4 + parts + (value and 1 or 0)
 end
 """
 
@@ -217,7 +221,7 @@ ADD = Script(
     _SEARCH,
     _SIX,
     """
-local failure, base, count, revision = search(ARGV[4])
+local failure, base, count, revision = search(ARGV[4], true)
 if failure then return failure end
 local answer, new, log = {'ok', count, revision + 1}, {}, {}
 local sub, pack = string.sub, struct.pack
@@ -248,66 +252,67 @@ return done(answer)
     writes=True,
 )
 
-# new owner ('': the same as before), then for each search: its id, numbers, conditions, lengths of the frames, frames.
-# A condition is '' (none), the owner (a string) or the revision (a number). One condition, one frame may be for all.
+# new owner ('': the same as before), then for each search: its id, numbers, the same (6 bytes each), conditions,
+# lengths of the frames, frames. A condition is '' (none), the owner (a string) or the revision (a number). One
+# condition, one frame may be for all.
 CHANGE = Script(
     _MANY,
     _SEARCH,
-    _SIX,
     _RUNS,
     """
 local heir, todo, ids = ARGV[4], {}, {}
 local sub, pack = string.sub, struct.pack
-local names = {}
-local function named(owner)
-  local name = names[owner]
-  if not name then
-    name = pack('>I2', #owner) .. owner
-    names[owner] = name
-  end
-  return name
-end
-for a = 5, #ARGV, 5 do
-  local id = ARGV[a]
-  local failure, base, count, revision = search(id)
+local function head(parts, owner) return pack('>I4I2', parts, #owner) .. owner end
+for a = 5, #ARGV, 6 do
+  local id, numbers, log = ARGV[a], cmsgpack.unpack(ARGV[a + 1]), ARGV[a + 2]
+  local conditions, lengths, frames = cmsgpack.unpack(ARGV[a + 3]), cmsgpack.unpack(ARGV[a + 4]), ARGV[a + 5]
+  local failure, base, count, revision = search(id, true)
   if failure then return failure end
-  local numbers, conditions = cmsgpack.unpack(ARGV[a + 1]), cmsgpack.unpack(ARGV[a + 2])
-  local lengths, frames = cmsgpack.unpack(ARGV[a + 3]), ARGV[a + 4]
-  local new, place, log, sealed, from, run_of = {}, {}, {}, {}, 1, runs(base)
-  local many_frames, many_conditions = lengths[2], conditions[2]
-  local frame, condition = frames, conditions[1]
+  local run_of, run = runs(base)
+  local new, place, sealed, unmet = {}, {}, {}, {}
+  local condition, frame, from, size = conditions[1], frames, 1, 0
+  local owner = type(condition) == 'string' and sub(head(0, condition), 5)
+  local front, backs = nil, {}
   for first = 1, #numbers, 4000 do
     local values = call('HMGET', base .. ':jobs', unpack(numbers, first, math.min(first + 3999, #numbers)))
     for k = 1, #values do
       local i = first + k - 1
-      local name = numbers[i]
-      local number, at = tonumber(name), place[name]
-      local value = at and new[at] or values[k]
-      if many_conditions then condition = conditions[i] end
-      if many_frames then
+      local name, value, number = numbers[i], values[k], nil
+      local at = place[name]
+      if at then value = new[at] end
+      if not value then
+        number = tonumber(name)
+        if number >= count then return {'no job', id .. '.' .. name} end
+        if not run or number < run.first or number >= run.past then run = run_of(number) end
+        if not run then return {'lost', id} end
+      end
+      if conditions[2] then
+        condition = conditions[i]
+        owner = type(condition) == 'string' and sub(head(0, condition), 5)
+      end
+      if lengths[2] then
         frame = sub(frames, from, from + lengths[i] - 1)
         from = from + lengths[i]
       end
-      local run
-      if not value then
-        if number >= count then return {'no job', id .. '.' .. name} end
-        run = run_of(number)
-        if not run then return {'lost', id} end
-        value = '\0\0\0\0' .. named(run.owner)
-      end
       local is_met = condition == ''
-      if type(condition) == 'number' then
-        is_met = condition == (run and run.revision + number - run.first or read('>I6', value, #value - 5))
-      elseif not is_met then
-        local owner = named(condition)
+      if not owner then
+        is_met = condition == (value and read('>I6', value, #value - 5) or run.revision + number - run.first)
+      elseif not is_met and value then
         is_met = sub(value, 5, 4 + #owner) == owner
+      elseif not is_met then
+        is_met = run.owner == condition
       end
-      if is_met then
+      if not is_met then
+        unmet[#unmet + 1] = i
+      else
         revision = revision + 1
-        log[#log + 1] = six(number)
         if not at then
-          at = #new + 2
+          at, size = size + 2, size + 2
           new[at - 1], place[name] = name, at
+        end
+        if not value then
+          if not run.head then run.head = head(0, run.owner) end
+          value = run.head
         end
         if heir ~= '' or #value > 16384 then
           local parts, owner, start = read('>I4I2c0', value)
@@ -322,13 +327,26 @@ for a = 5, #ARGV, 5 do
             owner = heir
             ids[#ids + 1] = id .. '.' .. name
           end
-          value = pack('>I4', parts) .. named(owner) .. body
+          value = head(parts, owner) .. body
         end
-        new[at] = value .. frame .. six(revision)
+        local last = revision % 256
+        if last == 0 or not front then front = sub(pack('>I6', revision), 1, 5) end
+        local back = backs[last]
+        if not back then
+          back = string.char(last)
+          backs[last] = back
+        end
+        new[at] = value .. frame .. front .. back
       end
     end
   end
-  if #log > 0 then todo[#todo + 1] = {base, new, table.concat(log), sealed} end
+  local logs, after = {}, 0
+  for _, i in ipairs(unmet) do
+    logs[#logs + 1] = sub(log, 6 * after + 1, 6 * i - 6)
+    after = i
+  end
+  log = table.concat(logs) .. sub(log, 6 * after + 1)
+  if log ~= '' then todo[#todo + 1] = {base, new, log, sealed} end
 end
 for _, it in ipairs(todo) do
   many('HSET', it[1] .. ':jobs', it[2])
@@ -340,64 +358,61 @@ return done({'ok', ids})
     writes=True,
 )
 
-# search, numbers -> revision and pieces of each job, in turn
+# search, numbers -> the jobs
 GET = Script(
     _SEARCH,
     _RUNS,
-    _PIECES,
+    _TELL,
     """
 local failure, base, count = search(ARGV[1])
 if failure then return failure end
-local numbers, run_of, found = cmsgpack.unpack(ARGV[2]), runs(base), {}
+local numbers, run_of, answer, size = cmsgpack.unpack(ARGV[2]), runs(base), {}, 0
 local values = call('HMGET', base .. ':jobs', unpack(numbers))
 for i, name in ipairs(numbers) do
   local number, value = tonumber(name), values[i]
   if number >= count then return {'no job', ARGV[1] .. '.' .. name} end
   local run = run_of(number)
-  local all = run and pieces(base, run, number, value)
-  if not all then return {'lost', ARGV[1]} end
-  found[2 * i - 1] = value and read('>I6', value, #value - 5) or run.revision + number - run.first
-  found[2 * i] = all
+  local revision = value and read('>I6', value, #value - 5) or run and run.revision + number - run.first
+  size = run and tell(answer, size, base, run, number, revision, value)
+  if not size then return {'lost', ARGV[1]} end
 end
-return {'ok', found}
+return {'ok', answer}
 """,
 )
 
-# search, since, how many changes to look at -> how far this goes, whether that is the end; number, revision, pieces.
+# search, since, how many changes to look at -> how far this goes, whether that is the end, the jobs
 # A job that has changed again beyond what was looked at is left out: it comes later.
 SCAN = Script(
     _SEARCH,
     _RUNS,
-    _PIECES,
+    _TELL,
     """
 local failure, base, count, revision = search(ARGV[1])
 if failure then return failure end
 local since = tonumber(ARGV[2])
 local to = math.min(revision, since + tonumber(ARGV[3]))
 if since >= revision then return {'ok', revision, 1, {}} end
-local log = call('GETRANGE', base .. ':log', since * 6, to * 6 - 1)
-local numbers, last, run_of, found = {}, {}, runs(base), {}
-for at = to, since + 1, -1 do
-  local number = read('>I6', log, (at - since) * 6 - 5)
+local log = {read('>' .. string.rep('I6', to - since), call('GETRANGE', base .. ':log', since * 6, to * 6 - 1))}
+local numbers, last, run_of, run, answer, size = {}, {}, runs(base), nil, {}, 0
+for i = to - since, 1, -1 do
+  local number = log[i]
   if not last[number] then
-    last[number] = at
+    last[number] = since + i
     numbers[#numbers + 1] = number
   end
 end
 local values = call('HMGET', base .. ':jobs', unpack(numbers))
 for i, number in ipairs(numbers) do
-  local value, run = values[i], run_of(number)
+  local value = values[i]
+  if not run or number < run.first or number >= run.past then run = run_of(number) end
   local changed = value and read('>I6', value, #value - 5) or run and run.revision + number - run.first
-  if not run or changed < last[number] then return {'lost', ARGV[1]} end
+  if not run or changed < last[number] or changed > revision then return {'lost', ARGV[1]} end
   if changed <= to then
-    local all = pieces(base, run, number, value)
-    if not all then return {'lost', ARGV[1]} end
-    found[#found + 1] = number
-    found[#found + 1] = changed
-    found[#found + 1] = all
+    size = tell(answer, size, base, run, number, changed, value)
+    if not size then return {'lost', ARGV[1]} end
   end
 end
-return {'ok', to, to == revision and 1 or 0, found}
+return {'ok', to, to == revision and 1 or 0, answer}
 """,
 )
 

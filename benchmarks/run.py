@@ -14,9 +14,10 @@ from pathlib import Path
 
 import measures
 import process_measures
+import storage_measures
 from report import Row, environment, show, write_json
 
-MEASURES = {**measures.MEASURES, **process_measures.MEASURES}
+MEASURES = {**measures.MEASURES, **process_measures.MEASURES, **storage_measures.MEASURES}
 
 
 def main() -> int:

@@ -386,7 +386,7 @@ def test_a_timeout_is_not_tried_again(method: str, flags: Flags) -> None:
                 pass
             raise ConnectionError("as I was stopped")
 
-    (job,) = run(method, function, max_attempts=3, retry_on=ConnectionError, job_timeout=0.3)
+    (job,) = run(method, function, max_attempts=3, retry_on=ConnectionError, job_timeout=1.0)
     assert timed_out(job)
     assert flags.text("count-0") == "1"
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -397,10 +398,15 @@ def test_another_user_is_refused(
 
 
 def test_without_abstract_sockets_there_is_a_folder_closed_to_others(
-    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "_HAS_ABSTRACT", False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setattr(sockets, "_HAS_ABSTRACT", False)
+        monkeypatch.setattr("tempfile.tempdir", short)
+        look_at_folder(elsewhere, Path(short))
+
+
+def look_at_folder(elsewhere: Elsewhere, tmp_path: Path) -> None:
     storage = SharedMemoryStorage()
     client = elsewhere.client(storage)
     assert client.new_search() == "0"

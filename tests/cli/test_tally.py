@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from paraval.cli.progress import progress_line
 from paraval.cli.tally import FRONT_LIMIT, TOP, Tally
 from paraval.job import HPOJob
 from paraval.outcome import JobError, Outcome
@@ -82,6 +81,10 @@ def test_a_job_that_was_stopped_has_failed_only_by_its_own_timeout(
 
 
 def test_what_was_taken_from_the_storage_counts_but_took_no_time() -> None:
+    pytest.importorskip("click", reason="the command line needs the extra 'cli'")
+    pytest.importorskip("rich", reason="the command line needs the extra 'cli'")
+    from paraval.cli.progress import progress_line  # here: the other tests need no extra
+
     tally = Tally(total=6, job_timeout=5.0)
     late = ended(error=JobError("timeout", "too long"), cancelled=True)
     for job in (ended(1.0), ended("F_x"), late):

@@ -28,6 +28,7 @@ serving = threading.RLock()
 _HAS_ABSTRACT: Final = sys.platform == "linux"
 _MOST_IDLE: Final = 4
 """How many connections are kept for calls to come; more are made where more threads call at once."""
+_LONG_PATH: Final = 70
 _BACKLOG: Final = 128
 _PAUSE_S: Final = 0.05
 """Where no connection can be accepted, as there are no file descriptors left, say."""
@@ -132,7 +133,11 @@ class Server:
             return f"\0paraval-{os.urandom(16).hex()}"
         import tempfile  # here: only some systems need it
 
-        self._folder = tempfile.mkdtemp(prefix="paraval-")  # closed to other users
+        # Closed to other users. The path of a socket has some 100 characters at most.
+        where = tempfile.gettempdir()
+        if len(where) > _LONG_PATH:
+            where = "/tmp"  # noqa: S108 - mkdtemp makes a folder of our own in it
+        self._folder = tempfile.mkdtemp(prefix="paraval-", dir=where)
         return f"{self._folder}/storage"
 
     def _start_accepting(self, listener: socket.socket) -> None:

@@ -322,6 +322,21 @@ class Slot(abc.ABC):
                 that the slot itself failed, and is taken in the same way.)
         """
 
+    # Two turns of the loop for each batch are spared where it can be run without a task. Most slots need one.
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether :meth:`begin` may be used in place of :meth:`run`, from now on."""
+        return False
+
+    def begin(self, batch: Batch, ended: Callable[[], object]) -> None:
+        """Begin to run jobs; ``ended()`` is called on the loop when ``batch.take()`` has given None."""
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        """Stop what was begun, as a :meth:`run` that is cancelled does; and end when it would."""
+        raise NotImplementedError
+
     async def recover(self) -> None:  # noqa: B027 - most slots need nothing here
         """After a cancelled ``run``: return when the slot can run jobs again."""
 

@@ -35,37 +35,24 @@ _TURN_S: Final = 0.005
 """Jobs that never wait let the loop's other tasks run this often."""
 
 
-class SerialSlot(Slot):
+class AsyncioSlot(Slot):
     """Awaits run-functions in the worker's own task: a job costs no task and no cancel scope of its own.
 
     What a job leaves behind in that task must strike no other. After each job, a cancel scope that is still open (an
     unfinished generator may hold one, and its deadline would cancel whatever runs here later) is left for it, and a
-    cancellation that it asked for itself is taken. On trio, which does not allow that, each batch has a task.
+    cancellation that it asked for itself is taken.
     """
 
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
-        self.loop = Loop.running()
 
     async def run(self, batch: Batch) -> None:
-        if self.loop.is_asyncio:
-            await self._run_here(batch)
-        else:
-            with contextlib.suppress(Exception):  # jobs are caught; trio complains of a scope that a job left open
-                async with anyio.create_task_group() as group:
-                    group.start_soon(self._run_all, batch)
-
-    async def _run_all(self, batch: Batch) -> None:
-        while (job := batch.take()) is not None:
-            batch.finish(job, await self._outcome_of(job))
-
-    async def _run_here(self, batch: Batch) -> None:
         task = asyncio.current_task()
         state = None if task is None else _task_states.get(task)
         innermost = None if state is None else state.cancel_scope
         spec, turn = self._spec, batch.created
         while (job := batch.take()) is not None:
-            try:  # as _outcome_of() does, without the cost of another coroutine
+            try:
                 function: Any = job.run_function
                 coroutine = function(job.create_running_job(spec.stopper), **spec.kwargs)
                 outcome = Outcome(await _in_context(copy_context(), coroutine))
@@ -80,15 +67,6 @@ class SerialSlot(Slot):
             if task is not None and task.cancelling():
                 await self._take_cancellation(task)
 
-    async def _outcome_of(self, job: Job) -> Outcome:
-        spec = self._spec
-        try:
-            function: Any = job.run_function
-            coroutine = function(job.create_running_job(spec.stopper), **spec.kwargs)
-            return Outcome(await _in_context(copy_context(), coroutine))
-        except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
-            return failure_of(exc, spec)
-
     async def _take_cancellation(self, task: asyncio.Task[Any]) -> None:
         """Take a cancellation that a job made of the task it ran in, unless there is one from above too."""
         if anyio.current_effective_deadline() == -math.inf or self._spec.home_is_ending():
@@ -97,6 +75,31 @@ class SerialSlot(Slot):
             await asyncio.sleep(0)
         while task.cancelling():
             task.uncancel()
+
+
+class TrioSlot(Slot):
+    """Awaits run-functions in a task for each batch: trio does not allow to leave a scope that a job left open."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec
+
+    async def run(self, batch: Batch) -> None:
+        with contextlib.suppress(Exception):  # jobs are caught; trio complains of a scope that a job left open
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._run_all, batch)
+
+    async def _run_all(self, batch: Batch) -> None:
+        while (job := batch.take()) is not None:
+            batch.finish(job, await self._outcome_of(job))
+
+    async def _outcome_of(self, job: Job) -> Outcome:
+        spec = self._spec
+        try:
+            function: Any = job.run_function
+            coroutine = function(job.create_running_job(spec.stopper), **spec.kwargs)
+            return Outcome(await _in_context(copy_context(), coroutine))
+        except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
+            return failure_of(exc, spec)
 
 
 @coroutine_from_generator
@@ -126,11 +129,13 @@ class SerialBackend(Backend):
     is_on_home_loop: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._slot: SerialSlot | None = None
+        self._loop: Loop | None = None
+        self._slot: Slot | None = None
 
     def slot(self, spec: RunSpec) -> Slot:
-        if self._slot is None or self._slot.loop is not Loop.running():  # a new engine may be at home elsewhere
-            self._slot = SerialSlot(spec)
+        loop = Loop.running()
+        if self._slot is None or self._loop is not loop:  # a new engine may be at home elsewhere
+            self._loop, self._slot = loop, AsyncioSlot(spec) if loop.is_asyncio else TrioSlot(spec)
         return self._slot
 
 

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import queue
 import threading
+from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ class ThreadSlot(Slot):
         self._returned.set()
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._thread: _JobThread | None = None
+        self._ended: Callable[[], object] = _nobody
 
     async def run(self, batch: Batch) -> None:
         if self._thread is None:
@@ -44,15 +46,27 @@ class ThreadSlot(Slot):
                 batch.take_all()  # it never got to them
                 raise WorkerDiedError(JobError("worker_died", f"no thread could be started: {exc}")) from exc
             self._thread = thread
-        self._returned = self._loop.event()
-        self._inbox.put(batch)
+        self.begin(batch, _nobody)
         try:
             await self._returned.wait()
         except BaseException:
-            self._thread.cancel_coroutine()
-            with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.kill_grace):
-                await self._returned.wait()
+            await self.stop()
             raise
+
+    @property
+    def is_prompt(self) -> bool:
+        return self._thread is not None
+
+    def begin(self, batch: Batch, ended: Callable[[], object]) -> None:
+        self._returned = self._loop.event()
+        self._ended = ended
+        self._inbox.put(batch)
+
+    async def stop(self) -> None:
+        if self._thread is not None:
+            self._thread.cancel_coroutine()
+        with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.kill_grace):
+            await self._returned.wait()
 
     async def recover(self) -> None:
         await self._returned.wait()
@@ -62,7 +76,12 @@ class ThreadSlot(Slot):
 
     def _hand_back(self) -> None:
         """Say, from the thread, that the batch is through. A loop that is gone has nobody waiting."""
-        self._loop.call_soon(self._returned.set)
+        self._loop.call_soon(self._has_returned)
+
+    def _has_returned(self) -> None:
+        self._returned.set()
+        ended, self._ended = self._ended, _nobody
+        ended()
 
 
 class _JobThread(threading.Thread):
@@ -120,6 +139,10 @@ class _JobThread(threading.Thread):
                 self._task = None
 
         return self._runner.run(watched(), context=copy_context())
+
+
+def _nobody() -> None:
+    """The task that waits for the batch hears of its end in another way."""
 
 
 class ThreadBackend(Backend):

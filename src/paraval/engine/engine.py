@@ -176,6 +176,7 @@ class Engine:
             self._doorbell.close()
             self._settling.settle_all(self._settling.open, JobError("cancelled", "the evaluator's event loop ended"))
             self._recorder.last_try()
+            self._workers.ended()
             self.ended = True
             self._ledger.look_again()
 

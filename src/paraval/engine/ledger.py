@@ -148,11 +148,13 @@ class Ledger:
             return
         with self._lock:
             self.pending -= count
-            self._wake_the_ready()
+            ready = self._take_ready()
+        _wake(ready)
 
     def deliver(self, jobs: Sequence[Job], *, mail: bool = True) -> None:
         """Hand over jobs that have ended and are recorded; without ``mail`` their gatherer is whoever closes."""
         wakes: list[Callable[[], object]] = []
+        ready: Sequence[_Waiter] = ()
         with self._lock:
             self._count(jobs)
             private = self._private
@@ -163,9 +165,11 @@ class Ledger:
             if mail:
                 self._delivered += len(public)
                 self._mailbox.extend(public)
-            self._wake_the_ready()
+            if self._waiters:
+                ready = self._take_ready()
         for wake in wakes:
             wake()
+        _wake(ready)
 
     def fail(self, error: ParavalError, *, lasting: bool = True) -> None:
         """Wake everyone with an error: nothing more will come. A lasting one stays until :meth:`reopen`."""
@@ -187,13 +191,15 @@ class Ledger:
     def look_again(self) -> None:
         """Have everyone who waits look whether it is ready: something outside the ledger changed."""
         with self._lock:
-            self._wake_the_ready()
+            ready = self._take_ready()
+        _wake(ready)
 
     def release(self, count: int) -> None:
         """Undo :meth:`reserve`."""
         with self._lock:
             self.pending -= count
-            self._wake_the_ready()
+            ready = self._take_ready()
+        _wake(ready)
 
     def is_private(self, job: Job) -> bool:
         """Whether the job belongs to whoever evaluates it, and not to gather."""
@@ -225,12 +231,14 @@ class Ledger:
         self.cancelled += cancelled
         self.done += len(jobs) - failed - cancelled
 
-    def _wake_the_ready(self) -> None:
-        if self._waiters:
-            ready = [waiter for waiter in self._waiters if waiter.ready()]
-            for waiter in ready:
-                self._waiters.remove(waiter)
-                waiter.wake()
+    def _take_ready(self) -> Sequence[_Waiter]:
+        """Under the lock: give those that need not wait any more. They are woken without it, as they take it next."""
+        if not self._waiters:
+            return ()
+        ready = [waiter for waiter in self._waiters if waiter.ready()]
+        for waiter in ready:
+            self._waiters.remove(waiter)
+        return ready
 
     # -- the caller's side ---------------------------------------------------------------------------------------------
 
@@ -371,6 +379,11 @@ class Ledger:
     def _refuse_if_failed(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+
+def _wake(waiters: Sequence[_Waiter]) -> None:
+    for waiter in waiters:
+        waiter.wake()
 
 
 def _has_failed(job: Job) -> bool:

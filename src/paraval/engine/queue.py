@@ -7,10 +7,10 @@ alone, and because jobs can come back: a worker that was killed or is stuck in a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from paraval.job import Job
-from paraval.loops import Event, Loop
+from paraval.loops import Loop
 
 __all__ = ["JobQueue"]
 
@@ -21,7 +21,7 @@ class JobQueue:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._jobs: deque[Job] = deque()
-        self._waiting: dict[Event, None] = {}  # a dict is an ordered set with cheap removal
+        self._waiting: dict[Callable[[], object], None] = {}  # a dict is an ordered set with cheap removal
 
     def __len__(self) -> int:
         """Count the jobs that wait; cancelled ones that nobody pulled yet included."""
@@ -41,16 +41,25 @@ class JobQueue:
         """Wait for the next job. Cancelled, it loses none."""
         while not self._jobs:
             turn = self._loop.event()
-            self._waiting[turn] = None
+            self._waiting[turn.set] = None
             try:
                 await turn.wait()
             except BaseException:
-                if turn in self._waiting:
-                    del self._waiting[turn]
-                else:
-                    self._wake()  # it was our turn: it is another's now
+                self.give_up_turn(turn.set)
                 raise
         return self._jobs.popleft()
+
+    def call_in_turn(self, callback: Callable[[], object]) -> None:
+        """Have it called, once, when there is a job; it may pull it at once, from within :meth:`put`."""
+        self._waiting[callback] = None
+
+    def give_up_turn(self, callback: Callable[[], object]) -> bool:
+        """Have it not called; False when it was called already."""
+        if callback not in self._waiting:
+            self._wake()  # it was our turn: it is another's now
+            return False
+        del self._waiting[callback]
+        return True
 
     def pull_many(self, most: int) -> list[Job]:
         """Give the next jobs, at most so many; [] when none waits."""
@@ -64,5 +73,7 @@ class JobQueue:
     def _wake(self) -> None:
         # A worker that is woken and finds nothing, as a busy one was quicker, waits again.
         for _ in range(min(len(self._jobs), len(self._waiting))):
-            turn, _nothing = self._waiting.popitem()
-            turn.set()
+            if not self._jobs:  # who was called took several
+                break
+            callback, _nothing = self._waiting.popitem()
+            callback()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -16,13 +15,14 @@ from anyio.abc import TaskGroup
 from paraval.backends.base import Batch, RunSpec, Slot, WorkerDiedError, failure_of
 from paraval.engine.attempts import Attempts
 from paraval.engine.batching import STALL_S, BatchSizer
+from paraval.engine.collector import CollectorPace, collector_at_rest
 from paraval.engine.deadlines import Deadlines
 from paraval.engine.queue import JobQueue
 from paraval.engine.recorder import Recorder
 from paraval.engine.settling import Settling, out_of_time
 from paraval.errors import UsageError
 from paraval.job import Job, JobStatus
-from paraval.loops import Loop
+from paraval.loops import Event, Loop
 from paraval.outcome import JobError, Outcome, error_from_exception
 
 if TYPE_CHECKING:
@@ -40,11 +40,16 @@ _YIELD_S: Final = 0.001
 class Worker:
     """One worker: its slot, what it runs, and the scope that interrupts it."""
 
-    __slots__ = ("batch", "report", "scope", "slot", "watched")
+    __slots__ = ("batch", "failure", "needed", "next_turn", "report", "scope", "slot", "through", "watched")
 
     # Slot and scope are made by the worker's own task: where the worker is hired there may be no task.
     slot: Slot
     scope: anyio.CancelScope
+    # These by a worker that stands by.
+    needed: Event
+    next_turn: Callable[[], object]
+    through: Callable[[], object]
+    failure: BaseException | None
 
     def __init__(self, report: Callable[[Worker], object]) -> None:
         self.batch: Batch | None = None
@@ -75,7 +80,9 @@ class Workers:
         )
         # Ctrl-C is for the main task, not for a job. asyncio sees to that by itself.
         self._main = self._work if loop.is_asyncio else _protected_from_ctrl_c(self._work)
+        self._scope: type[anyio.CancelScope] = anyio.CancelScope
         self._workers: set[Worker] = set()
+        self._pace = CollectorPace()
         self._idle = 0
         self._last_turn = 0.0
         self._wanted = loop.event()
@@ -98,13 +105,19 @@ class Workers:
     async def hire(self, group: TaskGroup) -> None:
         """Start the workers that are missing, then wait until some may be again."""
         self._wanted = self._loop.event()
-        with _collector_at_rest() if self._missing > _HIRE_AT_ONCE else contextlib.nullcontext():
+        self._scope = type(anyio.CancelScope())  # the loop's own: each is made without a look at which loop it is
+        with collector_at_rest(ages=True) if self._missing > _HIRE_AT_ONCE else contextlib.nullcontext():
             while self._missing > 0:
                 for _ in range(min(self._missing, _HIRE_AT_ONCE)):
                     worker = Worker(self.progress)
                     self._workers.add(worker)
                     group.start_soon(self._main, worker, name="paraval worker")
+                self._pace.suit(len(self._workers))
                 await anyio.lowlevel.checkpoint()  # the first may begin while the next are started
+
+    def ended(self) -> None:
+        """Undo what the workers needed of the process; there are none any more."""
+        self._pace.drop()
 
     async def until_wanted(self) -> None:
         """Wait until workers may be missing again."""
@@ -137,7 +150,7 @@ class Workers:
         try:
             while True:
                 # One scope serves many jobs: an interruption ends it, and the worker goes on with a new one.
-                with anyio.CancelScope() as worker.scope:
+                with self._scope() as worker.scope:
                     await self._pull_and_run(worker)
                 self._clean_up(worker, self._stop_reason(worker))
                 await worker.slot.recover()
@@ -155,6 +168,9 @@ class Workers:
                 # Jobs that never wait would keep the loop from all others. One worker in a millisecond is enough.
                 self._last_turn = clock()
                 await anyio.lowlevel.checkpoint()
+            if slot.is_prompt and execute is None:
+                await self._stand_by(worker)
+                continue
             job = queue.pull_nowait()
             if job is None:
                 self._idle += 1
@@ -172,7 +188,54 @@ class Workers:
                 self._blame(batch, exc.error, alone=exc.alone)
             except Exception as exc:  # noqa: BLE001 - the slot itself failed
                 self._blame(batch, error_from_exception(exc)._replace(kind="worker_died"))
-            self._end_batch(worker, batch)
+            self._put_away(worker, batch)
+            self.settling.settle(batch.collect())
+            del job, batch  # an idle worker must not keep the last job alive
+
+    async def _stand_by(self, worker: Worker) -> None:
+        """Sleep while the worker's batches begin and end in calls to the loop, until it is interrupted."""
+        worker.needed = self._loop.event()
+        worker.failure = None
+        worker.next_turn = functools.partial(self._take_turn, worker)
+        worker.through = functools.partial(self._batch_through, worker)
+        try:
+            self._begin_next(worker)
+            await worker.needed.wait()
+        except BaseException:
+            if worker.batch is not None:
+                await worker.slot.stop()
+            elif self.queue.give_up_turn(worker.next_turn):
+                self._idle -= 1
+            raise
+        if worker.failure is not None:
+            raise worker.failure
+
+    def _take_turn(self, worker: Worker) -> None:
+        """Called by the queue when there is a job for a worker that stands by."""
+        self._idle -= 1
+        self._begin_next(worker)
+
+    def _batch_through(self, worker: Worker) -> None:
+        """Called by the slot of a worker that stands by."""
+        batch = worker.batch
+        if batch is None or worker.scope.cancel_called:
+            return  # its task sees to that
+        try:
+            self._put_away(worker, batch)
+            self._begin_next(worker)
+            self.settling.settle(batch.collect())  # last: whoever it wakes finds this thread at rest
+        except BaseException as exc:  # noqa: BLE001 - a defect of ours, which no caller would take: the task raises it
+            worker.failure = exc
+            worker.needed.set()
+
+    def _begin_next(self, worker: Worker) -> None:
+        while (job := self.queue.pull_nowait()) is not None:
+            batch = self._begin_batch(worker, job)
+            if batch is not None:
+                worker.slot.begin(batch, worker.through)
+                return
+        self._idle += 1
+        self.queue.call_in_turn(worker.next_turn)
 
     def _begin_batch(self, worker: Worker, first: Job) -> Batch | None:
         jobs = self._fill(first)
@@ -182,9 +245,8 @@ class Workers:
         self._watch(worker, batch)
         return batch
 
-    def _end_batch(self, worker: Worker, batch: Batch) -> None:
+    def _put_away(self, worker: Worker, batch: Batch) -> None:
         worker.batch = None
-        self.settling.settle(batch.collect())
         self._return_to_queue(batch.reclaim())
         if not batch.was_cut:
             self._sizer.learn(len(batch), self._clock() - batch.created)
@@ -353,22 +415,6 @@ class _Part(Batch):
     def worker_is_ready(self) -> None:
         super().worker_is_ready()
         self._whole.worker_is_ready()
-
-
-@contextlib.contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Do without the garbage collector while thousands of workers start.
-
-    Each is some forty objects that stay; looking for garbage among them again and again takes longer than making them.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 async def _execute_one(execute: Callable[[Job], Awaitable[Job]], batch: Batch, spec: RunSpec) -> None:

@@ -1619,3 +1619,46 @@ def test_workers_killed_at_random() -> None:
         )
         if attempts > 1:
             assert failed == []
+
+
+# -- short jobs, of which a worker is sent several ---------------------------------------------------------------------
+
+
+def short(folder: Path, deadly: int, how: str) -> Callable[[RunningJob], int]:
+    def function(job: RunningJob) -> int:
+        with (folder / str(job["x"])).open("a") as log:
+            log.write("x")
+        if job["x"] == deadly:
+            if how == "exit":
+                os._exit(3)
+            time.sleep(60)
+        time.sleep(0.006)
+        return int(job["x"])
+
+    return function
+
+
+@pytest.mark.parametrize("deadly", range(100, 106))
+def test_of_short_jobs_the_one_that_ran_is_to_blame_for_the_death_of_its_worker(tmp_path: Path, deadly: int) -> None:
+    """At once, and no other runs twice: those behind it had not begun."""
+    jobs = run(short(tmp_path, deadly, "exit"), configurations(200), num_workers=2)
+    assert {job.args["x"]: job.error.kind for job in jobs if job.error} == {deadly: "worker_died"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {str(x): "x" for x in range(200)}
+
+
+def test_of_short_jobs_one_that_takes_too_long_is_stopped_alone(tmp_path: Path) -> None:
+    jobs = run(short(tmp_path, 101, "sleep"), configurations(200), num_workers=2, job_timeout=1.1, kill_grace=0.1)
+    assert [job.args["x"] for job in jobs if timed_out(job)] == [101]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {str(x): "x" for x in range(200)}
+
+
+def test_of_short_jobs_those_behind_a_long_one_go_to_another_worker(tmp_path: Path) -> None:
+    with make(short(tmp_path, 101, "sleep"), num_workers=2, kill_grace=0.1) as evaluator:
+        evaluator.submit(configurations(200))
+        gathered: list[Job] = []
+        while len(gathered) < 199:
+            gathered += evaluator.gather("BATCH", 1)
+        assert sorted(outputs(gathered)) == [x for x in range(200) if x != 101]
+        (stopped,) = evaluator.close()
+    assert stopped.args["x"] == 101
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {str(x): "x" for x in range(200)}

@@ -1316,6 +1316,24 @@ def test_batches_grow_while_jobs_are_tiny_and_shrink_at_once() -> None:
         sizer.learn(size, size * 0.0002)
 
 
+def test_a_worker_that_is_far_has_short_jobs_to_go_on_with() -> None:
+    sizer = BatchSizer("auto", num_workers=2, is_far=True)
+    sizer.learn(1, 0.010)
+    assert (sizer.next_size(10_000), sizer.in_order) == (4, True)  # of jobs that take 10 ms
+    assert 0.08 <= sizer.hold_s <= 0.1  # one that takes much longer keeps the others for a moment only
+    assert sizer.next_size(3) == 1  # what waits is not held back from other workers
+    sizer.learn(4, 4 * 0.100)
+    assert (sizer.next_size(10_000), sizer.in_order) == (1, False)
+    for _ in range(12):
+        size = sizer.next_size(10_000)
+        sizer.learn(size, size * 0.001)  # for this worker they are tiny
+        assert not sizer.in_order
+    assert 10 <= sizer.next_size(10_000) <= 20
+    near = BatchSizer("auto", num_workers=2)
+    near.learn(1, 0.010)
+    assert (near.next_size(10_000), near.in_order) == (1, False)
+
+
 @pytest.mark.parametrize(("batching", "size"), [(False, 1), (1, 1), (7, 7), (1000, 256)])
 def test_batches_of_a_fixed_size(batching: Any, size: int) -> None:
     sizer = BatchSizer(batching, num_workers=1)

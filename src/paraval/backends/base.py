@@ -116,6 +116,9 @@ class Batch:
         jobs: in their order; the list is the batch's own from now on.
         clock: seconds since the evaluator was created.
         report: called by slots that take all, on the engine's loop, when something is to be collected.
+        in_order: whether each is to be reported when it ends, so that it is always known which one runs. (Only for
+            slots of a backend that :attr:`~Backend.is_far`.)
+        hold_s: for how many seconds a worker elsewhere may keep those that it has not started.
 
     Attributes:
         current: the job that is known to run.
@@ -134,14 +137,26 @@ class Batch:
         "_todo",
         "created",
         "current",
+        "hold_s",
         "hurry",
+        "in_order",
         "last_end",
         "report",
         "waits_for_worker",
         "was_cut",
     )
 
-    def __init__(self, jobs: list[Job], clock: Callable[[], float], report: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        jobs: list[Job],
+        clock: Callable[[], float],
+        report: Callable[[], object],
+        *,
+        in_order: bool = False,
+        hold_s: float = 0.0,
+    ) -> None:
+        self.in_order = in_order
+        self.hold_s = hold_s
         self._size = len(jobs)
         jobs.reverse()
         self._todo = jobs  # the next one is at the end
@@ -186,11 +201,11 @@ class Batch:
         jobs = self._todo[::-1][:most]
         del self._todo[len(self._todo) - len(jobs) :]
         now = self._clock()
-        for job in jobs:
+        for job in jobs[:1] if self.in_order else jobs:
             job._started = now
             job._status = JobStatus.RUNNING
         self._sent = {job.id: job for job in jobs}
-        if len(jobs) == 1:
+        if len(jobs) == 1 or (jobs and self.in_order):
             self.current = jobs[0]
         return self._sent
 
@@ -213,6 +228,9 @@ class Batch:
         self._finished.append((job, outcome, finished))
         if self.current is job:
             self.current = None
+            if self.in_order and self._sent:
+                self.current = current = next(iter(self._sent.values()))
+                current._started, current._status = finished, JobStatus.RUNNING
 
     def give_back(self, job_ids: list[str], current: str, started: float) -> None:
         """Say which jobs of :meth:`take_all` the worker has not started, and which one keeps it busy since when."""
@@ -350,11 +368,13 @@ class Backend(abc.ABC):
     Attributes:
         is_on_home_loop: whether run-functions run on the engine's loop, which what they call must not block.
         batch_limit: most jobs that a worker may take at once; None: as many as seem good.
+        is_far: whether a trip to a worker takes long, and it can report each job of a batch as it ends.
     """
 
     cancellation: ClassVar[Cancellation]
     is_on_home_loop: ClassVar[bool] = False
     batch_limit: int | None = None
+    is_far: bool = False
 
     @abc.abstractmethod
     def slot(self, spec: RunSpec) -> Slot:

@@ -22,7 +22,7 @@ from paraval.backends.storage_call import StorageCall
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
-from paraval.job import Job
+from paraval.job import Job, JobStatus
 from paraval.memory import MemoryLimit, WatchedProcess, supervise
 from paraval.outcome import JobError, Outcome
 from paraval.worker.main import Sealed, Setup
@@ -161,7 +161,7 @@ class ProcessSlot(Slot):
                 items.append((job.id, Sealed(dumps(job.args, "the arguments"))))
             except PicklingFailed as exc:
                 self._fail(batch, {job.id: job}, JobError("exception", str(exc), type="PicklingError"))
-        return pickle.dumps(("jobs", items), 5)
+        return pickle.dumps(("jobs", items, batch.in_order, batch.hold_s), 5)
 
     def _fail(self, batch: Batch, jobs: dict[str, Job], error: JobError) -> None:
         now = self._spec.clock()
@@ -205,14 +205,17 @@ class ProcessSlot(Slot):
 
     async def _stop(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Ask the worker to stop, and kill it: at the latest after the grace."""
-        if batch.hurry:  # the job to stop is not known to be the one that runs: asking could hit another
-            await process.kill()
+        to_stop = sent
+        if batch.in_order:  # another may have begun meanwhile: what it does when it is asked to stop must not count
+            to_stop = {job_id: job for job_id, job in sent.items() if job._status is JobStatus.CANCELLING}
+        if batch.hurry or (batch.in_order and batch.current not in to_stop.values()):
+            await process.kill()  # the job to stop is not known to be the one that runs: asking could hit another
             return
         try:
             process.signal(signal.SIGTERM)
             with contextlib.suppress(Exception), anyio.move_on_after(self._spec.kill_grace):
-                while sent:
-                    await self._receive(process, batch, sent)
+                while not sent.keys().isdisjoint(to_stop):
+                    await self._receive(process, batch, to_stop)
         finally:
             await process.kill()
         self._attach_output(process, sent.values())
@@ -252,6 +255,7 @@ class ProcessBackend(Backend):
         self._capture = capture
         self.is_captured = capture is not None
         self.batch_limit = None if capture is None else 1  # whose output is it, else?
+        self.is_far = memory_limit is None  # whose memory is it, else?
         self._function = function
         self._is_async = is_async(function)
         try:

@@ -3,6 +3,10 @@
 A batch spares the trips between loop and worker that cost more than a tiny job. It costs fairness when jobs are long,
 so it grows only while jobs are measured to be tiny and many wait, and falls to one at once when they are not. (The idea
 of self-sizing batches is joblib's; there a failure loses the batch, and the aim is 0.2 to 2 s, not 10 ms.)
+
+A trip to a worker in another process takes longer, and the longer the busier all processors are; the worker does
+nothing meanwhile. So what is tiny there is larger, and it is sent a few of jobs that are only short, too. Of these it
+reports each as it ends, so that it is known which one runs.
 """
 
 from __future__ import annotations
@@ -17,9 +21,14 @@ Batching = Literal["auto"] | int | bool
 
 STALL_S: Final = 0.010
 """After this many seconds on one batch the worker's finished jobs are reported and its waiting jobs go to others."""
-_TINY_S: Final = 0.000_25
-_TARGET_S: Final = 0.005
 _MOST: Final = 256
+_NEAR: Final = (0.000_25, 0.005)
+"""Up to how many seconds a job is tiny, and how many a batch of tiny jobs shall take."""
+_FAR: Final = (0.002, 0.020)
+_SHORT_S: Final = 0.020
+"""Up to how many seconds a job is short."""
+_AHEAD_S: Final = 0.020
+"""For so many seconds a worker shall have short jobs to go on with."""
 
 
 class BatchSizer:
@@ -29,9 +38,18 @@ class BatchSizer:
         batching: ``"auto"``, a fixed size, or False for one job at a time.
         num_workers: who shares the queue.
         limit: the most that the backend allows.
+        is_far: whether a trip to a worker takes long, and it can report each job of a batch as it ends.
+
+    Attributes:
+        in_order: whether it shall report each.
+        hold_s: for how many seconds a batch may keep its jobs, before those that wait are given to others.
     """
 
-    def __init__(self, batching: Batching, num_workers: int, limit: int | None = None) -> None:
+    def __init__(self, batching: Batching, num_workers: int, limit: int | None = None, *, is_far: bool = False) -> None:
+        self._is_far = is_far
+        self._tiny_s, self._target_s = _FAR if is_far else _NEAR
+        self.in_order = False
+        self.hold_s = self._target_s
         self._most = _MOST if limit is None else limit
         self._auto = batching == "auto" or batching is True
         if self._auto or batching is False:
@@ -51,7 +69,12 @@ class BatchSizer:
         if not self._auto:
             return
         mean = seconds / jobs
-        if mean > _TINY_S:
+        self.in_order, self.hold_s = False, self._target_s
+        if mean > self._tiny_s:
             self._size = 1
+            if self._is_far and mean <= _SHORT_S:
+                self.in_order = True
+                self._size = 2 + int(_AHEAD_S / mean)
+                self.hold_s = 2 * mean * self._size
         elif jobs == self._size:  # a smaller batch, cut by a short queue, says little about a larger one
-            self._size = max(1, min(self._size * 2, _MOST, int(_TARGET_S / max(mean, 1e-9))))
+            self._size = max(1, min(self._size * 2, _MOST, int(self._target_s / max(mean, 1e-9))))

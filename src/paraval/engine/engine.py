@@ -229,7 +229,7 @@ class Engine:
             for job in () if worker.batch is None else worker.batch.in_hand:
                 self._workers.interrupt(worker, job, reason)
 
-    def _cancel(self, job: Job, reason: JobError, patience: int = 50) -> None:
+    def _cancel(self, job: Job, reason: JobError, patience: int = 200) -> None:
         if job.id not in self._settling.open:
             return
         worker = self._settling.holders.get(job.id)

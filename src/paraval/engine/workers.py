@@ -33,6 +33,8 @@ __all__ = ["MARGIN_S", "Worker", "Workers"]
 MARGIN_S: Final = 0.4
 """How long after the grace a job may take to be seen ended before it is given up."""
 _HIRE_AT_ONCE: Final = 64
+_LIMIT_S: Final = 1.0
+"""Where jobs may run for no longer than this, it shall be known soon which one does."""
 _YIELD_S: Final = 0.001
 """Workers whose jobs never wait let the loop's other tasks run this often."""
 
@@ -72,7 +74,12 @@ class Workers:
         self._recorder = recorder
         self._deadlines = deadlines
         self._loop = loop
-        self._sizer = BatchSizer(settings.batching, settings.num_workers, settings.backend.batch_limit)
+        self._sizer = BatchSizer(
+            settings.batching,
+            settings.num_workers,
+            settings.backend.batch_limit,
+            is_far=settings.backend.is_far and (settings.job_timeout or math.inf) > _LIMIT_S,
+        )
         self._attempts = Attempts(settings.max_attempts)
         self.queue = JobQueue(loop)
         self.settling = Settling(
@@ -238,10 +245,11 @@ class Workers:
         self.queue.call_in_turn(worker.next_turn)
 
     def _begin_batch(self, worker: Worker, first: Job) -> Batch | None:
-        jobs = self._fill(first)
-        if not jobs or not self._note_start(worker, jobs):
+        jobs, sizer = self._fill(first), self._sizer
+        in_order = sizer.in_order and len(jobs) > 1
+        if not jobs or not self._note_start(worker, jobs, may_be_tiny=not in_order):
             return None
-        worker.batch = batch = Batch(jobs, self._clock, worker.report)
+        worker.batch = batch = Batch(jobs, self._clock, worker.report, in_order=in_order, hold_s=sizer.hold_s)
         self._watch(worker, batch)
         return batch
 
@@ -265,8 +273,9 @@ class Workers:
         batch.was_cut = True
         self.settling.settle(batch.collect())
         jobs = batch.in_hand
-        if len(jobs) == 1 and alone:
+        if jobs and alone and (len(jobs) == 1 or batch.in_order):
             self.settling.settle([(jobs[0], Outcome(error=error, may_retry=True), self._clock())])
+            self._return_to_queue(jobs[1:])  # which it had not begun
         else:
             self._attempts.suspect(jobs)
             self._return_to_queue(jobs)
@@ -281,16 +290,17 @@ class Workers:
                 del jobs[alone:]
         return [job for job in jobs if job._status is JobStatus.READY]  # the others were cancelled while they waited
 
-    def _note_start(self, worker: Worker, jobs: list[Job]) -> bool:
+    def _note_start(self, worker: Worker, jobs: list[Job], *, may_be_tiny: bool) -> bool:
         self._ledger.started(len(jobs))
         holders = self.settling.holders
         for job in jobs:
             holders[job.id] = worker
         # The tiny jobs of a batch are spared the write, unless one turns out not to be tiny.
-        if len(jobs) > 1 or self._recorder.note_running(jobs[0]):
+        if (len(jobs) > 1 and may_be_tiny) or self._recorder.note_running(jobs[0]):
             return True
-        self.settling.holders.pop(jobs[0].id, None)  # it does not run: it waits for the end, which settles it
-        self._ledger.started(-1)
+        for job in jobs:  # they do not run: they wait for the end, which settles them
+            self.settling.holders.pop(job.id, None)
+        self._ledger.started(-len(jobs))
         return False
 
     def _clean_up(self, worker: Worker, reason: JobError) -> None:
@@ -323,7 +333,7 @@ class Workers:
 
     def _watch(self, worker: Worker, batch: Batch) -> None:
         """Keep an eye on a batch: one check for each worker at a time, however many batches it runs."""
-        if worker.watched or (len(batch) == 1 and self._settings.job_timeout is None):
+        if worker.watched or ((len(batch) == 1 or batch.in_order) and self._settings.job_timeout is None):
             return
         due = self._next_check(batch)
         if due is not None:

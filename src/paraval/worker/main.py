@@ -4,7 +4,8 @@ The frames are a length (8 bytes) and a pickled tuple, whose first item says wha
 
 ======== ================================= ==========================================================================
 parent   ``("setup", Setup)``              once, first
-         ``("jobs", [(id, args), …])``     to run, in this order
+         ``("jobs", [(id, args), …],       to run, in this order; whether to report each as it ends, and after how many
+         each, seconds)``                  seconds those that have not begun are to be sent back
          ``("reply", error, value)``       to a call; both sealed
 child    ``("ready", bytes)``               the setup is done; the memory held then, where it is limited
          ``("done", [(id, started, finished, error, value), …])``
@@ -136,6 +137,7 @@ class Worker:
         self._unsent: list[tuple[str, float, float, tuple[Any, ...] | None, Any]] = []
         self._current: tuple[str, float] | None = None
         self._batches = 0
+        self._due = 0.0
         self._guard_wanted = _thread.allocate_lock()
         self._guard_wanted.acquire()
         self._guard_asleep = False
@@ -158,7 +160,7 @@ class Worker:
             return
         self._send(("ready", self._own_memory()))
         while (frame := self._receive()) is not None:
-            self._run_batch(frame[1])
+            self._run_batch(*frame[1:])
 
     def _own_memory(self) -> int:
         if self._context.memory_limit == math.inf:
@@ -194,10 +196,11 @@ class Worker:
         if setup.initializer is not None:
             pickle.loads(setup.initializer)()  # noqa: S301 - likewise
 
-    def _run_batch(self, jobs: list[tuple[str, Any]]) -> None:
+    def _run_batch(self, jobs: list[tuple[str, Any]], each: bool, hold_s: float) -> None:
         with self._state:
             self._todo.extend(jobs)
             self._batches += 1
+            self._due = time.monotonic() + hold_s
         if len(jobs) > 1:
             self._wake_guard()
         while True:
@@ -213,7 +216,7 @@ class Worker:
             with self._state:
                 self._current = None
                 self._unsent.append((job_id, started, finished, error, value))
-                late = finished - self._unsent[0][2] > _HOLD_S
+                late = each or finished - self._unsent[0][2] > _HOLD_S
             if late:
                 self._report()
         _flush_output()
@@ -290,11 +293,11 @@ class Worker:
 
     def _guard(self) -> None:
         """While batches come: see to it that none keeps its finished or its waiting jobs for long."""
-        seen = told = -1
+        told = -1
         while True:
             time.sleep(_HOLD_S)
             with self._state:
-                stuck = self._batches == seen and self._current is not None
+                stuck = self._current is not None and time.monotonic() >= self._due
                 seen = self._batches
                 back, current = [], self._current
                 if stuck:

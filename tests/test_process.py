@@ -1662,3 +1662,21 @@ def test_of_short_jobs_those_behind_a_long_one_go_to_another_worker(tmp_path: Pa
         (stopped,) = evaluator.close()
     assert stopped.args["x"] == 101
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {str(x): "x" for x in range(200)}
+
+
+# -- workers that start before the loop --------------------------------------------------------------------------------
+
+
+def test_workers_that_nobody_takes_end_with_the_engine() -> None:
+    """The static arguments change between the start of the workers and the first job: others take their place."""
+    before = children()
+    with make(scaled, num_workers=2, run_function_kwargs={"scale": 2.0}) as evaluator:
+        backend = evaluator._backend
+        backend.prepare(evaluator._spec, 2)
+        prepared = children() - before
+        assert len(prepared) == 2
+        evaluator.run_function_kwargs["scale"] = 3.0
+        evaluator.submit(configurations(4))
+        assert outputs(evaluator.gather("ALL")) == [0.0, 3.0, 6.0, 9.0]
+        evaluator.close()
+        assert not prepared & children()

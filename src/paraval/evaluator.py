@@ -200,7 +200,7 @@ class Evaluator(ReferenceNames, abc.ABC):
             execute=_execute_of(self) if overridden else None,
         )
         patience = self._spec.kill_grace + (_CLOSE_S if self._writer is None else _CLOSE_SLOWLY_S)
-        self._life = Lifecycle(functools.partial(Engine, settings), self._ledger, patience)
+        self._life = Lifecycle(functools.partial(Engine, settings), settings.prepare, self._ledger, patience)
 
         self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
         if self._writer is not None and self._backend.is_on_home_loop:

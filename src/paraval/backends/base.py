@@ -380,5 +380,8 @@ class Backend(abc.ABC):
     def slot(self, spec: RunSpec) -> Slot:
         """Make a slot. It may start what it needs when the first batch comes."""
 
+    def prepare(self, spec: RunSpec, workers: int) -> None:  # noqa: B027 - likewise
+        """Begin to start so many workers, before the loop is there; :meth:`supervise` ends those that nobody took."""
+
     async def supervise(self) -> None:  # noqa: B027 - most backends need nothing here
         """Look after the slots, for as long as the engine runs; cancelled at its end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+import os
 import pickle
 import signal
 import sys
@@ -250,6 +251,7 @@ class ProcessBackend(Backend):
     ) -> None:
         self.memory_limit = memory_limit
         self.workers: set[WorkerProcess] = set()
+        self._prepared: list[WorkerProcess] = []
         self._group: TaskGroup | None = None
         self.max_jobs_per_worker = max_jobs_per_worker
         self._capture = capture
@@ -274,20 +276,32 @@ class ProcessBackend(Backend):
 
     def start_worker(self, setup: bytes) -> WorkerProcess:
         """Start a worker process."""
-        worker = WorkerProcess(setup, self._capture)
+        is_there = self._prepared and self._prepared[-1].setup is setup
+        worker = self._prepared.pop() if is_there else WorkerProcess(setup, self._capture)
         self.workers.add(worker)
         return worker
 
+    def prepare(self, spec: RunSpec, workers: int) -> None:
+        # A worker starts as slowly as an event loop. Where the system refuses, the slots will hear of it.
+        with contextlib.suppress(OSError, PicklingFailed):
+            while len(self._prepared) < min(workers, os.cpu_count() or 1):
+                self._prepared.append(WorkerProcess(self.setup(spec), self._capture))
+
     async def supervise(self) -> None:
-        async with anyio.create_task_group() as group:
-            self._group = group
-            if self.memory_limit is not None:
-                group.start_soon(supervise, self._watched, self.memory_limit.interval)
-            while True:
-                await anyio.sleep(_SUPERVISION_S)
-                for worker in self.workers:
-                    if worker.is_gone:
-                        worker.notice_the_end()
+        try:
+            async with anyio.create_task_group() as group:
+                self._group = group
+                if self.memory_limit is not None:
+                    group.start_soon(supervise, self._watched, self.memory_limit.interval)
+                while True:
+                    await anyio.sleep(_SUPERVISION_S)
+                    for worker in self.workers:
+                        if worker.is_gone:
+                            worker.notice_the_end()
+        finally:
+            with anyio.CancelScope(shield=True):
+                while self._prepared:
+                    await self._prepared.pop().kill()
 
     def start_soon(self, function: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Start a task that may outlast what a slot does, and ends with the engine."""

@@ -59,6 +59,10 @@ class EngineSettings:
     max_attempts: int
     execute: Callable[[Job], Awaitable[Job]] | None
 
+    def prepare(self, jobs: int) -> None:
+        """Begin what may begin before the loop has started: so many jobs will follow."""
+        self.backend.prepare(self.spec, min(jobs, self.num_workers))
+
 
 class Engine:
     """Runs jobs, on the loop that is its home. It can be made in any thread.

@@ -33,12 +33,16 @@ class Lifecycle:
 
     Args:
         make_engine: makes an engine for a loop.
+        prepare: called with the number of jobs that are to run, before a loop is started for them.
         ledger: outlives the engines.
         patience: seconds that a close may take, at most.
     """
 
-    def __init__(self, make_engine: Callable[[Loop], Engine], ledger: Ledger, patience: float) -> None:
+    def __init__(
+        self, make_engine: Callable[[Loop], Engine], prepare: Callable[[int], object], ledger: Ledger, patience: float
+    ) -> None:
         self._make_engine = make_engine
+        self._prepare = prepare
         self._ledger = ledger
         self._patience = patience
         self._lock = threading.Lock()  # never held while waiting for a loop that may itself want it
@@ -103,7 +107,7 @@ class Lifecycle:
         with self._lock:
             if self._closing:
                 return False
-            self._open().submit(jobs, outcomes, sources)
+            self._open(len(jobs) - len(outcomes) - len(sources)).submit(jobs, outcomes, sources)
             return True
 
     async def wait_until_closed(self) -> None:
@@ -111,7 +115,7 @@ class Lifecycle:
         if self._closing:
             await self._ledger.wait_async(lambda: not self._closing, despite_failure=True)
 
-    def _open(self) -> Engine:
+    def _open(self, jobs: int) -> Engine:
         engine = self._engine
         if engine is not None and engine.loop.is_closed and not engine.ended:
             engine.give_up(closing=False)
@@ -122,6 +126,7 @@ class Lifecycle:
         if engine is None:
             self._ledger.reopen()
             if self._home is None:
+                self._prepare(jobs)
                 engine, self._thread = run_in_thread(self._make_engine)
             else:
                 engine = self._make_engine(self._home.loop)

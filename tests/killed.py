@@ -17,6 +17,7 @@ from paraval.engine import recall  # noqa: F401 - imported before the forks, as 
 from paraval.storage import sqlite  # noqa: F401 - likewise
 
 CONFIGURATIONS = 60
+PARTS = 12
 
 
 def unique(job: RunningJob) -> str:
@@ -42,10 +43,11 @@ def drive(method: str, url: str, history: str) -> None:
         {"storage": url, "search_id": "0", "resume": True, "num_workers": 2, "max_attempts": 1_000_000},
     )
     with evaluator:
-        for part in range(3):  # some of it when some is done already
-            evaluator.submit([{"x": x} for x in range(part, CONFIGURATIONS, 3)])
+        parts = [[{"x": x} for x in range(part, CONFIGURATIONS, PARTS)] for part in range(PARTS)]
         left = CONFIGURATIONS
         while left:
+            if parts:  # some of it when some is done already
+                evaluator.submit(parts.pop(0))
             jobs = evaluator.gather("BATCH", 1)
             left -= len(jobs)
             lines = [f"{job.id} {job.args['x']} {job.output or (job.error and job.error.message)}\n" for job in jobs]

@@ -201,7 +201,9 @@ class Intake:
             if self._writer is None:
                 self._storage.insert(self._search_id, records)
             else:
-                patiently(lambda: self._storage.insert(self._search_id, records))
+                # Where the storage is not to be called from where the jobs run, they run here.
+                is_here = self._context.record is not None
+                self._writer.insert(self._search_id, records, soon=is_here)
         except ParavalError:
             raise
         except Exception as exc:  # a store may raise anything

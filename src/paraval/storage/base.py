@@ -127,6 +127,19 @@ class Storage(abc.ABC):
             UnknownIdError: no such job.
         """
 
+    # -- new jobs that will have ended in a moment: a store may save the writing of them on their own ------------------
+
+    def insert_soon(self, search_id: str, records: Sequence[JobRecord]) -> None:
+        """Do as :meth:`insert`, but durable only when the next :meth:`update`, or :meth:`flush`, has returned.
+
+        Other processes may not see the jobs before; in this one they are there. A failure may come late, with
+        ``update`` or ``flush``; no later change of these jobs is taken then.
+        """
+        self.insert(search_id, records)
+
+    def flush(self) -> None:  # noqa: B027 - a store whose insert_soon is durable has nothing to implement
+        """Make durable what :meth:`insert_soon` left."""
+
     # -- connection: stores that need none are always connected --------------------------------------------------------
 
     def connect(self) -> Self:

@@ -68,9 +68,9 @@ def encode_record(record: JobRecord) -> bytes:
     Raises:
         UnstorableError: there is something in it that cannot be kept; the message gives the way to it.
     """
-    stored = _StoredRecord(*msgspec.structs.astuple(record))
     if record.error is not None:
-        stored.error = encode_error(record.error)
+        record = msgspec.structs.replace(record)
+        record.error = encode_error(record.error)  # type: ignore[assignment,arg-type] # the form that is stored
     # A job that is submitted has arguments and one note: it is not looked at part by part.
     known_plain = (
         record.kwargs is None
@@ -78,10 +78,21 @@ def encode_record(record: JobRecord) -> bytes:
         and record.error is None
         and record.objectives is None
         and record.extra is None
-        and is_plain(record.args)
+        and type(args := record.args) is tuple
+        and len(args) == 1
+        and is_plain(args[0])
         and is_plain(record.metadata)
     )
-    return _RECORD_VERSION + _encode_struct(stored, _RECORD_PARTS, known_plain=known_plain)
+    try:
+        if known_plain or is_plain(_parts_of(record)):
+            return _RECORD_VERSION + encoder.encode(record)
+    except (OverflowError, UnicodeEncodeError, TypeError):
+        pass  # as above; and UNSET is plain as a field of the struct, but not deeper
+    record = msgspec.structs.replace(record)
+    for name in _PARTS:
+        if (value := getattr(record, name)) is not None:
+            setattr(record, name, Plain(_CALLED[name]).of(value))
+    return _RECORD_VERSION + encoder.encode(record)
 
 
 def decode_record(data: bytes | bytearray) -> JobRecord:
@@ -110,23 +121,39 @@ def encode_change(change: JobChange) -> bytes:
     Raises:
         UnstorableError: there is something in it that cannot be kept; the message gives the way to it.
     """
-    out, error, metadata = change.out, change.error, change.metadata
-    stored = _StoredChange(
-        change.status, change.args, change.kwargs, out, error, metadata, change.intermediate, change.extra
-    )
-    if type(error) is JobError:
-        stored.error = encode_error(error)
-    # A job that has ended has an output and metadata: it is not looked at part by part.
-    known_plain = (
-        change.args is UNSET
+    if (quickly := _encode_end(change)) is not None:
+        return quickly
+    stored = {name: value for name, absent in _ABSENT.items() if (value := getattr(change, name)) is not absent}
+    if type(change.error) is JobError:
+        stored["error"] = encode_error(change.error)
+    try:
+        if is_plain(stored):
+            return encoder.encode(stored)
+    except (OverflowError, UnicodeEncodeError, TypeError):
+        pass  # as above
+    return encoder.encode({name: Plain(_CALLED[name]).of(value) for name, value in stored.items()})
+
+
+def _encode_end(change: JobChange) -> bytes | None:
+    """Write that a job has ended well, which most changes say; None if that is not what this one says."""
+    status, out, metadata = change.status, change.out, change.metadata
+    if (
+        change.error is None
+        and status is not UNSET
+        and out is not UNSET
+        and change.args is UNSET
         and change.kwargs is UNSET
-        and type(error) is not JobError
         and change.intermediate is None
         and change.extra is None
-        and (metadata is None or is_plain(metadata))
-        and is_plain(out)
-    )
-    return _encode_struct(stored, _CHANGE_PARTS, known_plain=known_plain)
+        and type(metadata) is dict
+        and is_plain(metadata)
+        and (type(out) is float or is_plain(out))
+    ):
+        try:
+            return encoder.encode({"status": status, "out": out, "error": None, "metadata": metadata})
+        except (OverflowError, UnicodeEncodeError, TypeError):
+            pass  # as above
+    return None
 
 
 def decode_change(data: bytes | bytearray) -> JobChange:
@@ -186,11 +213,8 @@ def key_of(function: str | None, args: Mapping[str, Any]) -> bytes:
     return sorting_encoder.encode((plain.of(function), plain.of(args)))
 
 
-class _StoredRecord(msgspec.Struct, omit_defaults=True, gc=False):
-    """The form of a :class:`JobRecord` at rest: the same fields in the same order.
-
-    What may be written as an extension type is looked at once it is read.
-    """
+class _StoredRecord(msgspec.Struct, gc=False):
+    """A :class:`JobRecord` as it is read: what may be written as an extension type is looked at once it is read."""
 
     id: str = ""
     status: int = 0
@@ -209,8 +233,8 @@ class _StoredRecord(msgspec.Struct, omit_defaults=True, gc=False):
     revision: int = 0
 
 
-class _StoredChange(msgspec.Struct, omit_defaults=True, gc=False):
-    """The form of a :class:`JobChange` at rest: likewise."""
+class _StoredChange(msgspec.Struct, gc=False):
+    """A :class:`JobChange` as it is read: likewise."""
 
     status: int | UnsetType = UNSET
     args: tuple[Any, ...] | UnsetType | None = UNSET
@@ -222,52 +246,34 @@ class _StoredChange(msgspec.Struct, omit_defaults=True, gc=False):
     extra: Any = None
 
 
-class _Parts:
-    """The fields of a struct that may hold anything, and what they are called in a message."""
-
-    def __init__(self, called: Mapping[str, str]) -> None:
-        self.called = called
-        self.of: Callable[[msgspec.Struct], tuple[Any, ...]] = attrgetter(*called)
-
-
-_CHANGE_PARTS: Final = _Parts(
-    {
-        "args": "argument",
-        "kwargs": "keyword argument",
-        "out": "output",
-        "error": "error",
-        "metadata": "metadata",
-        "intermediate": "intermediate result",
-        "extra": "extra value",
-    }
-)
-_RECORD_PARTS: Final = _Parts(
-    {
-        "args": "argument",
-        "kwargs": "keyword argument",
-        "out": "output",
-        "error": "error",
-        "metadata": "metadata",
-        "budgets": "budget",
-        "objectives": "intermediate objective",
-        "function": "name of the run-function",
-        "owner": "owner",
-        "extra": "extra value",
-    }
-)
-
-
-def _encode_struct(stored: msgspec.Struct, parts: _Parts, *, known_plain: bool) -> bytes:
-    """Write a struct some of whose fields may hold anything; ``known_plain`` if they are known not to."""
-    try:
-        if known_plain or is_plain(parts.of(stored)):
-            return encoder.encode(stored)
-    except (OverflowError, UnicodeEncodeError, TypeError):
-        pass  # as above; and UNSET is plain as a field of the struct, but not deeper
-    for name, what in parts.called.items():
-        if (value := getattr(stored, name)) is not UNSET:
-            setattr(stored, name, Plain(what).of(value))
-    return encoder.encode(stored)
+_CALLED: Final = {
+    "status": "status",
+    "args": "argument",
+    "kwargs": "keyword argument",
+    "out": "output",
+    "error": "error",
+    "metadata": "metadata",
+    "budgets": "budget",
+    "objectives": "intermediate objective",
+    "intermediate": "intermediate result",
+    "function": "name of the run-function",
+    "owner": "owner",
+    "extra": "extra value",
+}
+"""What the fields are called in a message that may hold anything."""
+_ABSENT: Final[dict[str, Any]] = {
+    "status": UNSET,
+    "args": UNSET,
+    "kwargs": UNSET,
+    "out": UNSET,
+    "error": UNSET,
+    "metadata": None,
+    "intermediate": None,
+    "extra": None,
+}
+"""The fields of a change that are stored, and what they are where they say nothing."""
+_PARTS: Final = [name for name in _CALLED if name in JobRecord.__struct_fields__]
+_parts_of: Final[Callable[[JobRecord], tuple[Any, ...]]] = attrgetter(*_PARTS)
 
 
 def _refuse_unless(kind: type, *values: Any) -> None:

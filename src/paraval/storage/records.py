@@ -15,8 +15,8 @@ from paraval.outcome import JobError
 __all__ = ["JobChange", "JobRecord", "adopt"]
 
 
-class JobRecord(msgspec.Struct, gc=False):
-    """One job as it is stored.
+class JobRecord(msgspec.Struct, gc=False, omit_defaults=True):
+    """One job as it is stored; it is written as it is, but for what is at its default.
 
     Attributes:
         id: ``"search.job"``; the storage sets it.

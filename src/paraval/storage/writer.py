@@ -7,6 +7,7 @@ commit costs a hundred times what a change costs, changes that come while one is
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from msgspec import UNSET
 
 from paraval.errors import ParavalError
 from paraval.storage.base import Storage
-from paraval.storage.records import JobChange
+from paraval.storage.records import JobChange, JobRecord
 
 __all__ = ["Writer", "patiently"]
 
@@ -30,8 +31,12 @@ _LATER_S: Final = 0.05
 """How long a change that is in no hurry waits for one that is."""
 _IDLE_S: Final = 2.0
 """After so long without work the thread ends; the next change starts another."""
-_MOST: Final = 4096
+_MOST: Final = 16384
 """Changes in one call."""
+_SOON_S: Final = 0.01
+"""How long new jobs whose end may come in a moment are left undurable."""
+_QUICK_S: Final = 0.005
+"""A job that has ended after no longer has ended in a moment."""
 
 Written = Callable[[Exception | None], object]
 
@@ -73,6 +78,36 @@ class Writer:
         self._beat_s = beat_s
         self._owner: str | None = None
         self._renewed = 0.0
+        self._pace = _Pace()
+        # When something is due, infinity if never; and when the thread looks next, whether or not it is notified.
+        self._later_by = math.inf
+        self._flush_by = math.inf
+        self._looks_at = math.inf
+
+    def insert(self, search_id: str, records: Sequence[JobRecord], *, soon: bool = False) -> None:
+        """Have new jobs numbered and added, in the thread of the caller.
+
+        Args:
+            search_id: of the jobs.
+            records: one for each job.
+            soon: no other process will look for them at once. Then they may be durable only when they end, if jobs
+                have lately ended in a moment; else soon after.
+
+        Raises:
+            Exception: whatever the storage raised at the last try.
+        """
+        if not (soon and self._pace.is_quick):
+            patiently(lambda: self._storage.insert(search_id, records))
+        else:
+            try:
+                patiently(lambda: self._storage.insert_soon(search_id, records))
+            finally:  # after an interrupt, too: they may be there
+                with self._condition:
+                    if self._flush_by == math.inf:
+                        self._flush_by = time.monotonic() + _SOON_S
+                    self._wake_by(self._flush_by)
+        if soon:
+            self._pace.begin(records[0].id)
 
     def put(self, changes: Sequence[JobChange], written: Written) -> None:
         """Have changes written soon.
@@ -81,6 +116,8 @@ class Writer:
             changes: all or none of them are written.
             written: called in the thread, with None or with why they could not be written.
         """
+        if self._pace.awaits:
+            self._pace.look(changes)
         with self._condition:
             for change in changes if self._later else ():
                 if change.status is not UNSET:
@@ -91,10 +128,10 @@ class Writer:
     def put_later(self, *changes: JobChange) -> None:
         """Have changes written with others, or after a moment; one is dropped when a newer one of its job comes."""
         with self._condition:
-            was_empty = not self._later
             self._later.update({change.id: change for change in changes})
-            if was_empty and changes:
-                self._wake()
+            if changes and self._later_by == math.inf:
+                self._later_by = time.monotonic() + _LATER_S
+                self._wake_by(self._later_by)
 
     def put_intermediate(self, job_id: str, budget: float, objective: float) -> None:
         """Have an intermediate result of a job written soon."""
@@ -123,36 +160,74 @@ class Writer:
     def _wake(self) -> None:
         if self._thread is None:
             self._closing = False
+            self._looks_at = -math.inf
             self._thread = threading.Thread(target=self._work, name="paraval-storage", daemon=True)
             self._thread.start()
         else:
             self._condition.notify()
 
+    def _wake_by(self, moment: float) -> None:
+        """Have the thread look at the latest then: it is not woken, which takes a switch of threads, if it will."""
+        if self._thread is None or self._looks_at > moment:
+            self._wake()
+
     def _work(self) -> None:
         while True:
             with self._condition:
-                if not self._todo and not self._later and not self._closing:
-                    self._condition.wait(_IDLE_S if self._owner is None else self._beat_s)
-                if self._later and not self._todo and not self._closing:
-                    self._condition.wait(_LATER_S)
+                self._rest()
                 todo, later = self._take()
+                is_late, self._flush_by = self._flush_by < math.inf, math.inf  # what is written now includes it
                 owner = self._owner
-                if not todo and not later and (owner is None or self._closing):
+                if not todo and not later and not is_late and (owner is None or self._closing):
                     self._owner = None
                     self._thread = None  # under the lock: whoever puts something now starts another thread
                     break
-            self._write([([change], _nothing) for change in later] + todo)
+            if todo or later:
+                self._write([([change], _nothing) for change in later] + todo)
+                if is_late:
+                    self._flush_within(_SOON_S)
+            elif is_late:
+                self._flush()
             if owner is not None and time.monotonic() - self._renewed >= self._beat_s:
                 self._renew(owner, self._lease_s)
         if owner is not None:
             self._renew(owner, 0)
 
+    def _rest(self) -> None:
+        """Wait, with the lock, until something is to be written."""
+        # After work, more will come soon, and most of it can wait for a moment: who brings it need not wake the thread.
+        pause = _SOON_S
+        end = time.monotonic() + _IDLE_S
+        while not self._todo and not self._closing:
+            now = time.monotonic()
+            due = min(self._later_by, self._flush_by, end if self._owner is None else self._renewed + self._beat_s)
+            if due <= now:
+                break
+            self._looks_at = min(due, now + pause)
+            self._condition.wait(self._looks_at - now)
+            pause = math.inf
+        self._looks_at = -math.inf  # it looks before it rests again
+
     def _renew(self, owner: str, seconds: float) -> None:
         try:
             self._storage.renew(owner, seconds)
-            self._renewed = time.monotonic()
         except Exception as exc:  # noqa: BLE001 - a store may raise anything; the next beat comes
             _logger.warning("the storage did not take that the driver is alive: %s: %s", type(exc).__name__, exc)
+        self._renewed = time.monotonic()
+
+    def _flush(self) -> None:
+        if self._pace.awaits is not None:
+            self._pace.is_quick = False
+        try:
+            patiently(self._storage.flush)
+        except Exception as exc:  # noqa: BLE001 - a store may raise anything
+            _logger.error("jobs that were submitted are not saved yet: %s: %s", type(exc).__name__, exc)  # noqa: TRY400
+            if not self._closing:
+                self._flush_within(self._beat_s)
+
+    def _flush_within(self, seconds: float) -> None:
+        with self._condition:
+            self._flush_by = min(self._flush_by, time.monotonic() + seconds)
 
     def _take(self) -> tuple[list[tuple[Sequence[JobChange], Written]], list[JobChange]]:
         count = size = 0
@@ -163,6 +238,7 @@ class Writer:
             count += 1
         todo, self._todo = self._todo[:count], self._todo[count:]
         later, self._later = list(self._later.values()), {}
+        self._later_by = math.inf
         return todo, later
 
     def _write(self, items: list[tuple[Sequence[JobChange], Written]]) -> None:
@@ -177,6 +253,7 @@ class Writer:
                     self._write([item])
                 return
             failure = exc
+            self._flush_within(0)  # what was to be durable with it
         for _, written in items:
             try:
                 written(failure)
@@ -186,3 +263,36 @@ class Writer:
 
 def _nothing(_failure: Exception | None) -> None:
     """Of what is written later, nobody waits."""
+
+
+class _Pace:
+    """Whether jobs have lately ended in a moment. Used without a lock: a wrong answer costs a little time, once.
+
+    Attributes:
+        is_quick: whether they have.
+        awaits: the id of the job whose end is waited for to tell, or None.
+    """
+
+    __slots__ = ("_since", "awaits", "is_quick")
+
+    def __init__(self) -> None:
+        self.is_quick = False
+        self.awaits: str | None = None
+        self._since = 0.0
+
+    def begin(self, job_id: str) -> None:
+        """Note that a job is new."""
+        now = time.monotonic()
+        if self.awaits is not None:
+            if now - self._since < _QUICK_S:
+                return  # the one before may still tell
+            self.is_quick = False
+        self.awaits, self._since = job_id, now
+
+    def look(self, changes: Sequence[JobChange]) -> None:
+        """Look whether the end of that job is among these changes."""
+        for change in changes:
+            if change.id == self.awaits and change.status is not UNSET:
+                self.is_quick = time.monotonic() - self._since < _QUICK_S
+                self.awaits = None
+                return

@@ -177,6 +177,22 @@ class SharingTests:
         peer.renew("me", 600)
         assert storage.owners() == {"me"} == peer.owners()
 
+    def test_jobs_that_are_durable_soon_are_there_at_once(
+        self, storage: Storage, peer: Storage, search_id: str
+    ) -> None:
+        records = [JobRecord(args=(number,), owner="me") for number in range(3)]
+        storage.insert_soon(search_id, records[:2])
+        storage.insert_soon(search_id, records[2:])
+        assert [record.id for record in records] == [f"{search_id}.{number}" for number in range(3)]
+        assert [record.args for record in storage.get([record.id for record in records])] == [(0,), (1,), (2,)]
+        storage.insert_soon(search_id, [late := JobRecord(owner="me")])
+        storage.update([JobChange(late.id, status=2, out=1.5, by="me")])
+        assert peer.get([late.id])[0].out == 1.5
+        storage.insert_soon(search_id, [last := JobRecord(owner="me")])
+        storage.flush()
+        assert peer.get([last.id])[0].owner == "me"
+        assert peer.create_new_job(search_id) == f"{search_id}.5"
+
     def test_one_that_travels_is_the_same_when_it_arrives(self, storage: Storage, search_id: str) -> None:
         if not storage.can_travel:
             pytest.skip("it does not travel")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -16,14 +19,26 @@ from paraval.storage.sqlite.failures import SQLITE_ERRORS, explained, leaves_dou
 from paraval.storage.sqlite.opening import connect, locate, look
 from paraval.storage.sqlite.waiting import LockedError, until_free
 
-__all__ = ["ClosedError", "Database"]
+__all__ = ["ClosedError", "Database", "TakenError"]
 
 T = TypeVar("T")
 _Call = Callable[[sqlite3.Connection], T]
+_logger = logging.getLogger("paraval")
+
+_SHY_S: Final = 1.0
+"""For so long after another program wrote, no transaction is left open."""
+_GRIP: Final = "SELECT name FROM sqlite_master"
+"""Of which there are several, so that the statement is not over after the first."""
+_HURRY_S: Final = 1.0
+"""How long a fork waits for a file that is locked."""
 
 
 class ClosedError(StorageError):
     """Nobody uses this database any more, so nothing was done; there may be a new one of the same file."""
+
+
+class TakenError(StorageError):
+    """What was given out before it was written cannot be written any more: it is another's by now."""
 
 
 class _Write(Generic[T]):
@@ -55,6 +70,15 @@ class Database:
     changes in the queue, in one transaction. So many writers share a commit, and a lone one pays for no other thread: a
     writer thread of our own would add two switches of threads to each change, and buy nothing.
 
+    Promises: the transaction of a :meth:`write_soon` is left open. While it is, nobody else can write, so what the call
+    has given (numbers of jobs) is certain; whatever comes next commits it. Should the transaction be lost (a full disk,
+    say), each promise is kept in the next one, before anything else is written; so nothing that builds on it is
+    committed without it.
+
+    The grip: between such transactions, which come by the thousand, the right to read the file is kept. Where it is let
+    go, SQLite closes the journal, then opens it anew and syncs its folder, a quarter of what a commit costs. Meanwhile
+    others can read, and begin to write; as soon as one has begun, or at a :meth:`flush`, the grip is loosened.
+
     Use :meth:`open`.
     """
 
@@ -64,6 +88,14 @@ class Database:
         self._patience_s = patience_s
         self._lock = threading.Lock()
         self._queue: deque[_Write[Any]] = deque()
+        self._promises: list[_Call[object]] = []
+        """How to do again, in this order, what was given out and may not be committed. All of it is in the transaction
+        that is open; where none is, it has to be done again."""
+        self._grip: sqlite3.Cursor | None = None
+        """A statement that has not come to its end."""
+        self._writes_ahead = False
+        self._met = -_SHY_S
+        """When another program was last met that wrote."""
         self._connection: sqlite3.Connection | None = None
         self._users = 1
 
@@ -91,12 +123,27 @@ class Database:
         return database
 
     def close(self) -> None:
-        """Close the file, if nobody else in this process uses it."""
+        """Close the file, if nobody else in this process uses it.
+
+        Raises:
+            StorageError: a promise could not be kept.
+        """
+        failure = None
+        try:
+            self.flush()
+        except ParavalError as exc:
+            failure = exc
         with _registry_lock:
             if not self._is_last_user():
                 return
         with self._lock:
-            self._disconnect()
+            try:
+                if failure is not None and self._promises:
+                    raise failure
+                self._keep_promises()  # a thread may have been about to make one
+            finally:
+                self._disconnect()
+                self._promises.clear()
 
     def drop(self) -> None:
         """Close the file likewise, now or later: the garbage collector may call this anywhere, and must not wait."""
@@ -122,12 +169,13 @@ class Database:
             self._connected()
 
     def read(self, call: _Call[T]) -> T:
-        """Call with a connection; all that is read with it is of one moment.
+        """Call with a connection; all that is read with it is of one moment, and durable.
 
         Raises:
             StorageError: it could not be read.
         """
         with self._lock:
+            self._keep_promises()
             connection = self._connected()
 
             def whole() -> T:
@@ -162,7 +210,104 @@ class Database:
             raise
         return write.result()
 
+    def write_soon(self, call: _Call[T], again: Callable[[T], _Call[object]]) -> T:
+        """Call with a connection that is in a transaction; it is committed with what comes next, or by :meth:`flush`.
+
+        Whoever calls this calls :meth:`flush` a moment later, when nothing else has come, as others wait meanwhile.
+        It is written at once where another program writes the file too, which is not to be kept waiting.
+
+        Args:
+            call: as for :meth:`write`.
+            again: takes what the call gave, and gives a call that does the same with that result unless it is done.
+                It is made in a later transaction if this one is lost, or may be; it raises TakenError, having
+                written nothing, if it cannot.
+
+        Raises:
+            StorageError: it could not be written, and nothing of it was.
+        """
+        with self._lock:
+            if not self._is_shy():
+                result = self._promise(call, again)
+                if self._is_shy():
+                    with contextlib.suppress(StorageError):  # it is tried again before anything else
+                        self._keep_promises()
+                return result
+        return self.write(call)
+
+    def flush(self) -> None:
+        """Commit what :meth:`write_soon` left, and keep nobody waiting.
+
+        Raises:
+            StorageError: it could not be written. It is tried again before anything else is written or read.
+        """
+        if self._promises or self._grip is not None:
+            with self._lock:
+                try:
+                    self._keep_promises()
+                finally:
+                    self._loosen()
+
     # -- with the lock held --------------------------------------------------------------------------------------------
+
+    def _promise(self, call: _Call[T], again: Callable[[T], _Call[object]]) -> T:
+        connection = self._connected()
+        self._look()
+        begun, is_whole = -1, False
+        try:
+            self._begin(connection, self._patience_s)
+            begun = connection.total_changes
+            result = call(connection)
+            self._promises.append(again(result))
+            is_whole = True
+        except SQLITE_ERRORS as exc:
+            begun = -1
+            raise self._explained(exc) from exc
+        finally:
+            if not is_whole:
+                self._undo(connection, begun)
+        return result
+
+    def _is_shy(self) -> bool:
+        return time.monotonic() - self._met < _SHY_S
+
+    def _keep_promises(self) -> None:
+        if self._promises:
+            try:
+                self._transact([])
+            except SQLITE_ERRORS as exc:
+                raise self._explained(exc) from exc
+
+    def _keep_promises_or_say_so(self, patience_s: float) -> None:
+        try:
+            if self._promises:
+                self._transact([], patience_s)
+        except (*SQLITE_ERRORS, ParavalError) as exc:
+            _logger.error("jobs that were submitted are not saved yet: %s: %s", type(exc).__name__, exc)  # noqa: TRY400
+
+    def _begin(self, connection: sqlite3.Connection, patience_s: float) -> None:
+        """Begin a transaction in which all is done that was promised, or go on with the one that is open."""
+        if connection.in_transaction:
+            return
+        tries = 0
+
+        def begin() -> None:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                self._loosen()
+            connection.execute("BEGIN IMMEDIATE")
+
+        try:
+            until_free(begin, self._path, patience_s)
+        finally:
+            if tries > 1:
+                self._met = time.monotonic()
+        for promise in list(self._promises):
+            try:
+                promise(connection)
+            except TakenError as exc:  # whoever goes on with what was promised is told
+                self._promises.remove(promise)
+                _logger.error("%s", exc)  # noqa: TRY400 - it says it all
 
     def _write_queue(self) -> None:
         writes: list[_Write[Any]] = []
@@ -170,6 +315,9 @@ class Database:
             while self._queue:
                 writes.append(self._queue.popleft())
             self._write_all(writes)
+            if self._promises and self._connection is not None and self._connection.in_transaction:
+                with contextlib.suppress(StorageError):  # then it is tried again before anything else
+                    self._keep_promises()  # what was asked for has failed, and must not keep others waiting
         except BaseException:  # an interrupt, in the thread whose turn it was: the others are none the worse
             self._queue.extendleft(write for write in reversed(writes) if not write.is_over)
             raise
@@ -186,28 +334,43 @@ class Database:
                 for write in writes:
                     self._write_all([write])
 
-    def _transact(self, writes: list[_Write[Any]]) -> None:
+    def _transact(self, writes: list[_Write[Any]], patience_s: float | None = None) -> None:
+        patience_s = self._patience_s if patience_s is None else patience_s
         connection = self._connected()
         self._look()  # what is written into a file that was removed is lost
-        is_committing = False
+        begun, is_committing = -1, False
         try:
-            until_free(lambda: connection.execute("BEGIN IMMEDIATE"), self._path, self._patience_s)
+            self._begin(connection, patience_s)
+            begun = connection.total_changes
             for write in writes:
                 write.run(connection)
             is_committing = True
-            until_free(lambda: connection.execute("COMMIT"), self._path, self._patience_s)
+            until_free(lambda: connection.execute("COMMIT"), self._path, patience_s)
         except SQLITE_ERRORS:
-            is_committing = False
+            begun, is_committing = -1, False
             raise
         finally:
             # Ctrl-C may come between the end of the commit and the next line: then it is committed nevertheless.
             if is_committing and not connection.in_transaction:
+                is_one_of_many = bool(self._promises and writes)
+                self._promises.clear()
                 for write in writes:
                     write.is_over = True
+                if not is_one_of_many:
+                    self._loosen()
+                elif self._grip is None and not self._writes_ahead:
+                    self._grip = connection.execute(_GRIP)
+            else:
+                self._undo(connection, begun)
+
+    def _undo(self, connection: sqlite3.Connection, begun: int) -> None:
+        """Undo what was written since ``begun``; if that is nothing, what was promised before may stay in its place."""
+        if not self._promises or connection.total_changes != begun:
             self._end(connection)
 
     def _end(self, connection: sqlite3.Connection) -> None:
         """End a transaction that is not over."""
+        self._loosen()
         try:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -222,13 +385,21 @@ class Database:
             connection = connect(self._path, self._patience_s)
             try:
                 self._look()  # nobody has put another there meanwhile
+                ask = partial(connection.execute, "PRAGMA journal_mode")
+                self._writes_ahead = until_free(ask, self._path, self._patience_s).fetchall() == [("wal",)]
             except BaseException:
                 connection.close()
                 raise
             self._connection = connection
         return self._connection
 
+    def _loosen(self) -> None:
+        grip, self._grip = self._grip, None
+        if grip is not None:
+            grip.close()
+
     def _disconnect(self) -> None:
+        self._loosen()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -275,6 +446,7 @@ def _close_dropped() -> None:
     while _dropped:
         database = _dropped.popleft()
         if database._is_last_user() and database._lock.acquire(blocking=False):  # nobody is left who could hold it
+            database._keep_promises_or_say_so(0.0)
             database._disconnect()
             database._lock.release()
 
@@ -287,6 +459,7 @@ def _before_fork() -> None:
     _registry_lock.acquire()
     for database in _registry.values():
         database._lock.acquire()
+        database._keep_promises_or_say_so(_HURRY_S)
         database._disconnect()
 
 
@@ -299,6 +472,7 @@ def _after_fork() -> None:
 def _after_fork_in_child() -> None:
     for database in _registry.values():
         database._queue.clear()  # of threads that the child does not have
+        database._promises.clear()  # which its parent keeps
     _after_fork()
 
 

@@ -30,9 +30,12 @@ def frame(data: bytes, row: int) -> bytes:
     return _pack(len(data), crc32(data, row & 0xFFFFFFFF)) + data
 
 
-def frames(datas: Iterable[bytes], first_row: int) -> list[bytes]:
-    """Give the frames around encoded bytes, for one row after the other."""
-    return [_pack(len(data), crc32(data, row & 0xFFFFFFFF)) + data for row, data in enumerate(datas, first_row)]
+def frames(datas: Iterable[bytes], rows: Iterable[int]) -> list[bytes]:
+    """Give the frames around encoded bytes that belong into these rows."""
+    return [
+        _pack(len(data), crc32(data, row & 0xFFFFFFFF)) + data  # as frame() does
+        for data, row in zip(datas, rows, strict=False)
+    ]
 
 
 def read_log(log: bytes, row: int) -> JobRecord:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from paraval.storage.base import UnknownIdError
-from paraval.storage.sqlite.logs import DamageError, frame
+from paraval.storage.sqlite.logs import DamageError
 
 __all__ = [
     "BITS",
@@ -25,11 +25,11 @@ __all__ = [
     "checked",
     "insert",
     "job_id",
-    "piece",
     "put_aside",
     "replace",
     "revision_of",
     "row_id",
+    "row_ids",
     "rows_by_change",
     "rows_by_id",
     "search_ids",
@@ -48,6 +48,7 @@ LONG: Final = 8000
 """From so many bytes on, a log may be put aside."""
 
 _DIGITS: Final = 13
+_FORMAT: Final = b"%%0%dd" % _DIGITS
 _FEW: Final = 10
 
 _SEARCH: Final = """
@@ -61,12 +62,12 @@ _INSERT: Final = """
 INSERT INTO jobs (id, changed, owner, log)
 SELECT :row + key, :change + key, :owner, substr(:blob, (value >> 31) + 1, value & 2147483647) FROM json_each(:places)
 """
-# A piece is the number of the job in decimal digits, and what is added to its log.
+# The numbers of the jobs are decimal digits, as many for each.
 _PIECES: Final = f"""
 INSERT INTO jobs (id, changed, owner, log)
 SELECT
-    :first + CAST(substr(:blob, (value >> 31) + 1, {_DIGITS}) AS INTEGER), :change + key, :owner,
-    substr(:blob, (value >> 31) + 1 + {_DIGITS}, (value & 2147483647) - {_DIGITS})
+    :first + CAST(substr(:numbers, {_DIGITS} * key + 1, {_DIGITS}) AS INTEGER), :change + key, :owner,
+    substr(:blob, (value >> 31) + 1, value & 2147483647)
 FROM json_each(:places) WHERE true
 ON CONFLICT (id) DO UPDATE SET changed = excluded.changed
 """  # noqa: S608 - made of constants
@@ -154,16 +155,42 @@ def row_id(job_id: str) -> int:
     Raises:
         UnknownIdError: there can be none.
     """
-    search_id, dot, number = job_id.rpartition(".")
+    search_id, dot, digits = job_id.rpartition(".")
     try:
-        row = (int(search_id) << BITS) + int(number)
+        first, number = _first_row(search_id), int(digits)
     except ValueError:
-        row = -1
-    if 0 <= row < 2**63 and f"{row >> BITS}.{row & _MOST}" == job_id:
-        return row
+        first = number = -1
+    if first >= 0 and 0 <= number <= _MOST and str(number) == digits:
+        return first + number
     if not dot:
         raise UnknownIdError(f"{job_id!r} is no job id: it should look like '0.12' (search, dot, number)")
     raise UnknownIdError(f"no job {job_id!r} in this storage")
+
+
+def row_ids(job_ids: Sequence[str]) -> list[int]:
+    """Give the ids of the rows that jobs have, if there are such jobs.
+
+    Raises:
+        UnknownIdError: there can be none.
+    """
+    if not job_ids:
+        return []
+    first = row_id(job_ids[0]) & ~_MOST
+    search_id, skipped = first >> BITS, job_ids[0].index(".") + 1
+    try:
+        numbers = [int(job_id[skipped:]) for job_id in job_ids]
+    except ValueError:
+        numbers = []
+    # Mostly they are of one search; then all can be looked at in few steps.
+    if [f"{search_id}.{number}" for number in numbers] == job_ids and min(numbers) >= 0 and max(numbers) <= _MOST:
+        return [first + number for number in numbers]
+    return [row_id(job_id) for job_id in job_ids]
+
+
+def _first_row(search_id: str) -> int:
+    """Give the id of the row of a search's first job; -1 if it can have none."""
+    number = int(search_id)
+    return number << BITS if 0 <= number < _SEARCHES and str(number) == search_id else -1
 
 
 def job_id(row: int) -> str:
@@ -189,28 +216,27 @@ def insert(connection: sqlite3.Connection, search: Search, owner: str | None, lo
     return Search(search.number, row, change)
 
 
-def piece(row: int, data: bytes) -> bytes:
-    """Give what :func:`append` and :func:`replace` take for a job, from encoded bytes."""
-    return b"%013d%b" % (row & _MOST, frame(data, row))
-
-
-def append(connection: sqlite3.Connection, search: Search, owner: str | None, pieces: Sequence[bytes]) -> Search:
+def append(
+    connection: sqlite3.Connection, search: Search, owner: str | None, rows: Sequence[int], logs: Sequence[bytes]
+) -> Search:
     """Add to the logs of jobs that are there, in this order; give where the search goes on then.
 
     Args:
         connection: in a transaction.
         search: of the jobs.
         owner: leave out the jobs that have another; None: none.
-        pieces: from :func:`piece`.
+        rows: one for each change; one may be there several times.
+        logs: what is added.
     """
-    return _write_pieces(connection, _APPEND, search, owner, pieces)
+    return _write_pieces(connection, _APPEND, search, owner, rows, logs)
 
 
-def replace(connection: sqlite3.Connection, search: Search, owner: str, pieces: Sequence[bytes]) -> Search:
+def replace(
+    connection: sqlite3.Connection, search: Search, owner: str, rows: Sequence[int], logs: Sequence[bytes]
+) -> Search:
     """Give jobs that are there new logs and an owner; give where the search goes on then."""
-    rows = [(search.number << BITS) + int(given[:_DIGITS]) for given in pieces]
     connection.execute("DELETE FROM earlier_logs WHERE job IN (SELECT value FROM json_each(?))", (_json(rows),))
-    return _write_pieces(connection, _REPLACE, search, owner, pieces)
+    return _write_pieces(connection, _REPLACE, search, owner, rows, logs)
 
 
 def put_aside(connection: sqlite3.Connection, rows: Sequence[int]) -> None:
@@ -220,25 +246,37 @@ def put_aside(connection: sqlite3.Connection, rows: Sequence[int]) -> None:
 
 
 def _write_pieces(
-    connection: sqlite3.Connection, statement: str, search: Search, owner: str | None, pieces: Sequence[bytes]
+    connection: sqlite3.Connection,
+    statement: str,
+    search: Search,
+    owner: str | None,
+    rows: Sequence[int],
+    logs: Sequence[bytes],
 ) -> Search:
     first, change = search.number << BITS, search.next_change
-    for some in _parts(pieces):
-        connection.execute(statement, {"first": first, "change": change, "owner": owner, **_packed(some)})
-        change += len(some)
-    return Search(search.number, search.next_row, change)
+    start = 0
+    for some in _parts(logs):
+        end = start + len(some)
+        numbers = _FORMAT * len(some) % tuple([row & _MOST for row in rows[start:end]])
+        given = {"first": first, "change": change + start, "owner": owner, "numbers": numbers, **_packed(some)}
+        connection.execute(statement, given)
+        start = end
+    return Search(search.number, search.next_row, change + start)
 
 
 def _parts(blobs: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
     """Give the blobs in as many lists as it takes for none to be too large for one statement."""
+    if sum(map(len, blobs)) <= _MOST_BYTES:
+        if blobs:
+            yield blobs
+        return
     start = size = 0
     for index, blob in enumerate(blobs):
         if size and size + len(blob) > _MOST_BYTES:
             yield blobs[start:index]
             start, size = index, 0
         size += len(blob)
-    if start < len(blobs):
-        yield blobs[start:]
+    yield blobs[start:]
 
 
 def _packed(blobs: Sequence[bytes]) -> dict[str, bytes | str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
 import threading
@@ -20,9 +21,9 @@ from paraval.storage.base import Storage, UnknownIdError
 from paraval.storage.codec import encode_change, encode_record
 from paraval.storage.records import JobChange, JobRecord, adopt
 from paraval.storage.sqlite import rows
-from paraval.storage.sqlite.database import ClosedError, Database
+from paraval.storage.sqlite.database import ClosedError, Database, TakenError
 from paraval.storage.sqlite.logs import DamageError, frames, read_log, sealed, unsealed
-from paraval.storage.sqlite.rows import Row, Search, job_id, piece, revision_of, row_id
+from paraval.storage.sqlite.rows import BITS, LONG, Row, Search, job_id, revision_of, row_id
 
 __all__ = ["SqliteStorage"]
 
@@ -58,6 +59,7 @@ class SqliteStorage(Storage):
         folder, name = os.path.split(text)
         self._path = Path(os.path.realpath(folder), name)
         self._timeout = timeout
+        self._lost: list[tuple[range, TakenError]] = []
         self._database: Database | None = None
         self._use(Database.open(self._path, timeout, may_create=True))
 
@@ -65,10 +67,12 @@ class SqliteStorage(Storage):
         return f"SqliteStorage({str(self._path)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
+        self.flush()  # whoever gets it shall find what is there
         return {"path": self._path, "timeout": self._timeout}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._path, self._timeout = state["path"], state["timeout"]
+        self._lost = []
         self._database = None
 
     # -- connection ----------------------------------------------------------------------------------------------------
@@ -140,28 +144,45 @@ class SqliteStorage(Storage):
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
-        encoded = [encode_record(record) for record in records]
-        owners = [(owner, len(list(group))) for owner, group in groupby(record.owner for record in records)]
+        new = _New(search_id, records)
+        new.number(records, self._write(new.add))
 
-        def call(connection: sqlite3.Connection) -> Search:
-            before = search = Search.look_up(connection, search_id)
-            for owner, count in owners:
-                start = search.next_row - before.next_row
-                logs = frames(encoded[start : start + count], search.next_row)
-                search = rows.insert(connection, search, owner, logs)
-            return before
+    def insert_soon(self, search_id: str, records: Sequence[JobRecord]) -> None:
+        """Number new jobs and add them; they are committed with the next change, or by :meth:`flush`.
 
-        search = self._write(call)
-        number, revision = search.size, search.revision
-        for record in records:
-            revision += 1
-            record.id, record.revision = f"{search_id}.{number}", revision
-            number += 1
+        Until then this process has the right to write the file, and others wait.
+        """
+        new = _New(search_id, records)
+        if new.size > _LARGE:
+            new.number(records, self._write(new.add))
+            return
+
+        path, lost = self._path, self._lost  # and not the storage itself, which may be dropped before
+
+        def again(before: Search) -> Callable[[sqlite3.Connection], object]:
+            def call(connection: sqlite3.Connection) -> None:
+                if Search.look_up(connection, search_id).next_row == before.next_row:
+                    new.add(connection)
+                elif not new.is_there(connection, before):
+                    first, end = before.next_row, before.next_row + new.count
+                    lost.append((range(first, end), error := _taken(path, first, end - 1)))
+                    raise error
+
+            return call
+
+        new.number(records, self._do(lambda database: database.write_soon(new.add, again)))
+
+    def flush(self) -> None:
+        database = self._database
+        if database is not None:
+            database.flush()
 
     def update(self, changes: Sequence[JobChange]) -> None:
         groups = _grouped(changes)
 
         def call(connection: sqlite3.Connection) -> None:
+            if self._lost:
+                self._refuse_lost(changes)
             searches = {group.search: Search.look_up(connection, str(group.search)) for group in groups}
             for group in groups:
                 group.check(searches[group.search])
@@ -221,14 +242,16 @@ class SqliteStorage(Storage):
         def call(connection: sqlite3.Connection) -> set[str]:
             found = _find(connection, list(wanted))
             unchanged = [found[row] for row, revision in wanted.items() if revision_of(found[row].changed) == revision]
-            for number, group in groupby(unchanged, lambda row: row.id >> rows.BITS):
-                pieces = []
+            for number, group in groupby(unchanged, lambda row: row.id >> BITS):
+                places, encoded = [], []
                 for row in group:
                     record = self._record(row)
                     adopt(record, owner)
                     record.id, record.revision = "", 0
-                    pieces.append(piece(row.id, encode_record(record)))
-                rows.replace(connection, Search.look_up(connection, str(number)), owner, pieces)
+                    places.append(row.id)
+                    encoded.append(encode_record(record))
+                search = Search.look_up(connection, str(number))
+                rows.replace(connection, search, owner, places, frames(encoded, places))
             return {job_id(row.id) for row in unchanged}
 
         return self._write(call)
@@ -253,6 +276,14 @@ class SqliteStorage(Storage):
             except DamageError as exc:
                 raise self._damaged(str(exc)) from exc
 
+    def _refuse_lost(self, changes: Sequence[JobChange]) -> None:
+        """Raise if a change is of a job that was given a number and never saved: the job of this number is another."""
+        for change in changes:
+            row = row_id(change.id)
+            for lost, error in self._lost:
+                if row in lost:
+                    raise TakenError(str(error))
+
     def _damaged(self, how: str) -> CorruptStoreError:
         return CorruptStoreError(f"the store {str(self._path)!r} is damaged: {how}; take a copy of it from before")
 
@@ -268,50 +299,105 @@ class SqliteStorage(Storage):
         return record
 
 
+def _taken(path: Path, first: int, last: int) -> TakenError:
+    which = f"job {job_id(first)}" if first == last else f"jobs {job_id(first)} to {job_id(last)}"
+    return TakenError(
+        f"{which} could not be saved when the store {str(path)!r} failed, and by now another program has jobs of these "
+        "numbers in it: submit anew what you had submitted"
+    )
+
+
+class _New:
+    """New jobs of a search, ready to be written.
+
+    Attributes:
+        count: how many they are.
+        size: how many bytes.
+    """
+
+    __slots__ = ("_encoded", "_owners", "_search_id", "count", "size")
+
+    def __init__(self, search_id: str, records: Sequence[JobRecord]) -> None:
+        self._search_id = search_id
+        self._encoded = [encode_record(record) for record in records]
+        self._owners = [
+            (owner, sum(1 for _ in group)) for owner, group in groupby([record.owner for record in records])
+        ]
+        self.count = len(records)
+        self.size = sum(map(len, self._encoded))
+
+    def add(self, connection: sqlite3.Connection) -> Search:
+        """Write them; give where the search went on before."""
+        before = search = Search.look_up(connection, self._search_id)
+        for owner, count in self._owners:
+            start = search.next_row - before.next_row
+            logs = frames(self._encoded[start : start + count], itertools.count(search.next_row))
+            search = rows.insert(connection, search, owner, logs)
+        return before
+
+    def is_there(self, connection: sqlite3.Connection, before: Search) -> bool:
+        """Whether they have been written where the search went on before: a commit that failed may have succeeded."""
+        places = list(range(before.next_row, before.next_row + self.count))
+        found = rows.rows_by_id(connection, places)
+        logs = frames(self._encoded, places)
+        return all(row in found and found[row].log.startswith(log) for row, log in zip(places, logs, strict=True))
+
+    def number(self, records: Sequence[JobRecord], before: Search) -> None:
+        """Give the records the ids and revisions that they have then."""
+        number, revision = before.size, before.revision
+        for record in records:
+            revision += 1
+            record.id, record.revision = f"{self._search_id}.{number}", revision
+            number += 1
+
+
 class _Changes:
     """Changes of jobs of one search, under one condition, as they come one after the other.
 
     Attributes:
         search: the number of the search.
-        by: the condition.
-        pieces: what is added to the logs.
-        last: the last of the rows.
-        grown: the rows whose logs may become long.
     """
 
-    __slots__ = ("by", "grown", "last", "pieces", "search")
+    __slots__ = ("_by", "_grown", "_logs", "_rows", "search")
 
-    def __init__(self, search: int, by: str | None) -> None:
-        self.search = search
-        self.by = by
-        self.pieces: list[bytes] = []
-        self.grown: list[int] = []
-        self.last = 0
+    def __init__(self, rows: list[int], changes: Sequence[JobChange]) -> None:
+        self.search = rows[0] >> BITS
+        self._by = changes[0].by
+        self._rows = rows
+        encoded = [encode_change(change) for change in changes]
+        self._logs = frames(encoded, rows)
+        self._grown: list[int] = []  # rows whose logs may become long: by a note, of which there may be many
+        if max(map(len, encoded)) > LONG or UNSET in [change.status for change in changes]:
+            self._grown = [
+                row
+                for row, change, data in zip(rows, changes, encoded, strict=True)
+                if change.status is UNSET or len(data) > LONG
+            ]
 
     def check(self, search: Search) -> None:
         """Raise if there is no such job; the jobs of a search are numbered without a gap."""
-        if self.last >= search.next_row:
-            raise UnknownIdError(f"no job {job_id(self.last)!r} in this storage")
+        last = max(self._rows)
+        if last >= search.next_row:
+            raise UnknownIdError(f"no job {job_id(last)!r} in this storage")
 
     def write(self, connection: sqlite3.Connection, search: Search) -> Search:
-        search = rows.append(connection, search, self.by, self.pieces)
-        rows.put_aside(connection, self.grown)
+        search = rows.append(connection, search, self._by, self._rows, self._logs)
+        rows.put_aside(connection, self._grown)
         return search
 
 
 def _grouped(changes: Sequence[JobChange]) -> list[_Changes]:
-    groups: list[_Changes] = []
-    group = None
-    for change in changes:
-        row = row_id(change.id)
-        if group is None or row >> rows.BITS != group.search or change.by != group.by:
-            group = _Changes(row >> rows.BITS, change.by)
-            groups.append(group)
-        data = encode_change(change)
-        group.pieces.append(piece(row, data))
-        group.last = max(group.last, row)
-        if change.status is UNSET or len(data) > rows.LONG:  # a note, of which there may be many
-            group.grown.append(row)
+    if not changes:
+        return []
+    places = rows.row_ids([change.id for change in changes])
+    if min(places) >> BITS == max(places) >> BITS and len({change.by for change in changes}) == 1:
+        return [_Changes(places, changes)]
+    groups = []
+    start = 0
+    for _, group in groupby(zip(places, changes, strict=True), lambda one: (one[0] >> BITS, one[1].by)):
+        end = start + sum(1 for _ in group)
+        groups.append(_Changes(places[start:end], changes[start:end]))
+        start = end
     return groups
 
 
@@ -320,7 +406,7 @@ def _find(connection: sqlite3.Connection, wanted: Sequence[int]) -> dict[int, Ro
     found = rows.rows_by_id(connection, wanted)
     for row in wanted:
         if row not in found:
-            if row < Search.look_up(connection, str(row >> rows.BITS)).next_row:
+            if row < Search.look_up(connection, str(row >> BITS)).next_row:
                 raise DamageError(f"job {job_id(row)!r} is missing, though there are later ones")
             raise UnknownIdError(f"no job {job_id(row)!r} in this storage")
     return found
@@ -333,6 +419,8 @@ def _changed(search_id: str, since: int, limit: int, connection: sqlite3.Connect
 
 _NEW_SEARCH: Final = "INSERT INTO searches SELECT ifnull(max(id) + 1, 0) FROM searches"
 _FIRST_STEP: Final = 1000
+_LARGE: Final = 4_000_000
+"""Bytes of new jobs that are written at once, as SQLite could not keep them in memory until later."""
 _using: Final = threading.Lock()
 """Held while a storage takes up a database or lets go of it."""
 os.register_at_fork(before=_using.acquire, after_in_parent=_using.release, after_in_child=_using.release)

@@ -418,8 +418,7 @@ class Evaluator(ReferenceNames, abc.ABC):
 
     def _tell_gathered(self, fresh: list[Job]) -> None:
         if self._writer is not None:
-            gathered = [(job.id, {"timestamp_gather": job._gathered}) for job in fresh if not job.restored]
-            self._writer.put_later(*[JobChange(job_id, metadata=note, by=self._owner) for job_id, note in gathered])
+            self._writer.put_later_made(functools.partial(_notes_of, fresh, self._owner))
         if self._callbacks:
             self._notifier.call("on_gather", fresh, [])
 
@@ -734,6 +733,14 @@ class _Completed(AsyncIterator[Job]):
 
     async def aclose(self) -> None:
         """Do nothing: there is nothing to close, but ``contextlib.aclosing`` may be used on it."""
+
+
+def _notes_of(gathered: list[Job], owner: str) -> list[JobChange]:
+    return [
+        JobChange(job.id, metadata={"timestamp_gather": job._gathered}, by=owner)
+        for job in gathered
+        if not job.restored
+    ]
 
 
 def _execute_of(evaluator: Evaluator) -> Callable[[Job], Awaitable[Job]]:

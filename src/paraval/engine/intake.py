@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from paraval.checks import Args
+from paraval.engine.collector import collector_at_rest
 from paraval.engine.following import take_over
 from paraval.engine.ledger import Ledger
 from paraval.engine.lifecycle import Lifecycle
@@ -26,6 +28,8 @@ __all__ = ["Intake"]
 
 _CLOSE_S: Final = 2.0
 """How long a close waits for the storage."""
+_MANY: Final = 1_000
+"""So many jobs are made without looking for garbage meanwhile: all of them stay."""
 
 
 @dataclass(slots=True)
@@ -145,7 +149,8 @@ class Intake:
         return jobs
 
     def _launch_all(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
-        new = self._make(configurations, is_private=private is not None)
+        with collector_at_rest() if len(configurations) > _MANY else contextlib.nullcontext():
+            new = self._make(configurations, is_private=private is not None)
         jobs = new.jobs
         self._ledger.expect(jobs, self._clock(), private)
         try:

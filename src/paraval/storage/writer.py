@@ -71,6 +71,7 @@ class Writer:
         self._storage = storage
         self._todo: list[tuple[Sequence[JobChange], Written]] = []
         self._later: dict[str, JobChange] = {}
+        self._makers: list[Callable[[], Sequence[JobChange]]] = []
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -133,6 +134,14 @@ class Writer:
                 self._later_by = time.monotonic() + _LATER_S
                 self._wake_by(self._later_by)
 
+    def put_later_made(self, make: Callable[[], Sequence[JobChange]]) -> None:
+        """Have changes written likewise that are made when their time has come, in the thread."""
+        with self._condition:
+            self._makers.append(make)
+            if self._later_by == math.inf:
+                self._later_by = time.monotonic() + _LATER_S
+                self._wake_by(self._later_by)
+
     def put_intermediate(self, job_id: str, budget: float, objective: float) -> None:
         """Have an intermediate result of a job written soon."""
         self.put([JobChange(job_id, intermediate=(budget, objective))], _nothing)
@@ -175,15 +184,16 @@ class Writer:
         while True:
             with self._condition:
                 self._rest()
-                todo, later = self._take()
+                todo, later, makers = self._take()
                 is_late, self._flush_by = self._flush_by < math.inf, math.inf  # what is written now includes it
                 owner = self._owner
-                if not todo and not later and not is_late and (owner is None or self._closing):
+                if not todo and not later and not makers and not is_late and (owner is None or self._closing):
                     self._owner = None
                     self._thread = None  # under the lock: whoever puts something now starts another thread
                     break
-            if todo or later:
-                self._write([([change], _nothing) for change in later] + todo)
+            if todo or later or makers:
+                made = [(make(), _nothing) for make in makers]
+                self._write([([change], _nothing) for change in later] + made + todo)
                 if is_late:
                     self._flush_within(_SOON_S)
             elif is_late:
@@ -229,7 +239,9 @@ class Writer:
         with self._condition:
             self._flush_by = min(self._flush_by, time.monotonic() + seconds)
 
-    def _take(self) -> tuple[list[tuple[Sequence[JobChange], Written]], list[JobChange]]:
+    def _take(
+        self,
+    ) -> tuple[list[tuple[Sequence[JobChange], Written]], list[JobChange], list[Callable[[], Sequence[JobChange]]]]:
         count = size = 0
         for changes, _ in self._todo:
             size += len(changes)
@@ -238,8 +250,9 @@ class Writer:
             count += 1
         todo, self._todo = self._todo[:count], self._todo[count:]
         later, self._later = list(self._later.values()), {}
+        makers, self._makers = self._makers, []
         self._later_by = math.inf
-        return todo, later
+        return todo, later, makers
 
     def _write(self, items: list[tuple[Sequence[JobChange], Written]]) -> None:
         failure: Exception | None = None

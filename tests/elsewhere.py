@@ -11,7 +11,7 @@ import threading
 from typing import Any, Self
 
 from paraval.storage import SharedMemoryStorage, Storage
-from paraval.worker.storage import PipeStorage
+from paraval.storage.pipe import PipeStorage
 from support import WAIT_S
 
 PROGRAM = """

@@ -16,8 +16,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from elsewhere import Elsewhere
 from paraval.storage import JobChange, MemoryStorage, SharedMemoryStorage, SqliteStorage, Storage
+from paraval.storage.pipe import PipeStorage
 from paraval.testing import StorageConformance, storage_machine
-from paraval.worker.storage import PipeStorage
 from support import run_program
 
 AT_RANDOM = settings(max_examples=30, stateful_step_count=20)

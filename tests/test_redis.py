@@ -21,7 +21,7 @@ from paraval.errors import (
     MissingExtraError,
 )
 from paraval.storage import JobChange, JobRecord, MemoryStorage, RedisStorage, Storage, UnknownIdError, UnstorableError
-from paraval.storage.redis_scripts import Script
+from paraval.storage.redis.scripts import Script
 from paraval.testing import StorageConformance, storage_machine
 from redis_server import RedisServer, insert, new_prefix, reopened
 from support import Program, double, ids, make, run_program
@@ -216,7 +216,7 @@ def test_a_large_output_is_kept(far: RedisStorage) -> None:
 
 
 def test_what_is_too_much_is_refused(storage: RedisStorage, search_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paraval.storage.redis._MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("paraval.storage.redis.storage._MOST_BYTES", 1 << 20)
     (job_id,) = insert(storage, search_id, 1)
     for call in (
         partial(storage.insert, search_id, [JobRecord(out="x" * (1 << 20))]),
@@ -231,9 +231,9 @@ def test_what_is_too_much_is_refused(storage: RedisStorage, search_id: str, monk
 def test_much_is_written_and_read_in_several_steps(
     storage: RedisStorage, search_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paraval.storage.redis._MUCH", 1000)
-    monkeypatch.setattr("paraval.storage.redis._CHANGES", (7, 7))
-    monkeypatch.setattr("paraval.storage.redis._JOBS", 7)
+    monkeypatch.setattr("paraval.storage.redis.storage._MUCH", 1000)
+    monkeypatch.setattr("paraval.storage.redis.storage._CHANGES", (7, 7))
+    monkeypatch.setattr("paraval.storage.redis.storage._JOBS", 7)
     made = insert(storage, search_id, 50)
     storage.update([JobChange(job_id, out=number) for number, job_id in enumerate(made)] * 2)
     records, revision = storage.scan(search_id)
@@ -251,7 +251,7 @@ def test_much_is_written_and_read_in_several_steps(
 def test_a_scan_in_several_steps_is_that_of_the_last(
     storage: RedisStorage, search_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paraval.storage.redis._CHANGES", (10, 10))
+    monkeypatch.setattr("paraval.storage.redis.storage._CHANGES", (10, 10))
     made = insert(storage, search_id, 40)
     peer = reopened(storage)
     steps = 0

@@ -26,7 +26,8 @@ import pytest
 
 from elsewhere import Elsewhere
 from paraval.errors import ParavalError, StorageError
-from paraval.storage import JobChange, JobRecord, SharedMemoryStorage, UnknownIdError, UnstorableError, sockets
+from paraval.storage import JobChange, JobRecord, SharedMemoryStorage, UnknownIdError, UnstorableError
+from paraval.storage.shared import sockets
 from support import in_threads, run_program, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.. may lead to deadlocks:DeprecationWarning")

@@ -270,7 +270,7 @@ class Worker:
         return self._runner.run(watched())
 
     def _storage_client(self) -> Any:
-        from paraval.worker.storage import PipeStorage  # here: most jobs never ask for their storage
+        from paraval.storage.pipe import PipeStorage  # here: most jobs never ask for their storage
 
         return PipeStorage(self.call)
 

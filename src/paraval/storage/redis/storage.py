@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from paraval.errors import BadValueError, CorruptStoreError, StorageError, WrongStoreError
-from paraval.storage import redis_scripts as scripts
 from paraval.storage.base import Storage, UnknownIdError, UnstorableError
 from paraval.storage.codec import decode, encode
 from paraval.storage.records import JobChange, JobRecord
-from paraval.storage.redis_arguments import Groups, as_bytes, as_text, in_log, joined, mark, once, packed, placed, split
-from paraval.storage.redis_frames import frame_of_adoption, frame_of_change, frame_of_record, record_of
-from paraval.storage.redis_server import parse
+from paraval.storage.redis import scripts
+from paraval.storage.redis.arguments import Groups, as_bytes, as_text, in_log, joined, mark, once, packed, placed, split
+from paraval.storage.redis.frames import frame_of_adoption, frame_of_change, frame_of_record, record_of
+from paraval.storage.redis.server import parse
 
 if TYPE_CHECKING:
-    from paraval.storage.redis_link import Link
+    from paraval.storage.redis.link import Link
 
 __all__ = ["RedisStorage"]
 
@@ -119,7 +119,7 @@ class RedisStorage(Storage):
 
     @functools.cached_property
     def _link(self) -> Link:
-        from paraval.storage.redis_link import Link  # here: a worker that was sent a storage may never use it
+        from paraval.storage.redis.link import Link  # here: a worker that was sent a storage may never use it
 
         return Link(self._server, as_bytes(self._prefix), known=self._was_known)
 

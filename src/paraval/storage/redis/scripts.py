@@ -14,7 +14,7 @@ The keys of a storage whose prefix is ``P``:
 ``P:session:X``       string     the last write of connection X, and its answer; it expires
 ===================== ========== ===================================================================================
 
-A job is stored as what happened to it, one frame after the other (see ``redis_frames``), each change followed by its
+A job is stored as what happened to it, one frame after the other (see ``frames``), each change followed by its
 revision (6 bytes); whoever reads it applies the changes. So a write sends what has changed and reads little, and the
 server need not understand a record. A head in front says what it must know: the number of parts (4 bytes), and the
 owner (2 for its length, then a mark and its name; nothing for nobody).

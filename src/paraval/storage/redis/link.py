@@ -12,15 +12,15 @@ from collections import deque
 from typing import Any, Final
 
 from paraval.errors import MissingExtraError, StorageError
-from paraval.storage.redis_scripts import Script
-from paraval.storage.redis_server import Server
+from paraval.storage.redis.scripts import Script
+from paraval.storage.redis.server import Server
 
 try:
     import redis
 except ImportError as exc:
     raise MissingExtraError("RedisStorage needs the Redis client: pip install 'paraval[redis]'") from exc
 
-from paraval.storage.redis_errors import failure_of_call, failure_of_greeting
+from paraval.storage.redis.errors import failure_of_call, failure_of_greeting
 
 __all__ = ["Link"]
 

@@ -1,6 +1,6 @@
 """Calls of a storage over Unix-domain sockets: the server where the storage is, and the connections of who calls it.
 
-A frame is a length (8 bytes) and what :mod:`paraval.storage.calls` makes of a call, or of its reply.
+A frame is a length (8 bytes) and what :mod:`paraval.storage.shared.calls` makes of a call, or of its reply.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import time
 from typing import Any, Final, Self
 
 from paraval.errors import StorageError
-from paraval.storage import calls
 from paraval.storage.base import Storage
+from paraval.storage.shared import calls
 
 __all__ = ["Connections", "Server", "serving"]
 

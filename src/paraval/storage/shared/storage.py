@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from paraval.errors import StorageError
-from paraval.storage import sockets
 from paraval.storage.base import Storage
 from paraval.storage.memory import MemoryStorage
+from paraval.storage.pipe import PipeStorage
 from paraval.storage.records import JobChange, JobRecord
-from paraval.storage.sockets import Connections, Server
-from paraval.worker.storage import PipeStorage
+from paraval.storage.shared import sockets
+from paraval.storage.shared.sockets import Connections, Server
 
 __all__ = ["SharedMemoryStorage"]
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from paraval.storage.base import UnknownIdError
-from paraval.storage.redis_scripts import NUMBER_SIZE
+from paraval.storage.redis.scripts import NUMBER_SIZE
 
 __all__ = ["Groups", "as_bytes", "as_text", "in_log", "joined", "mark", "once", "packed", "placed", "split"]
 

@@ -14,7 +14,7 @@ from typing import Final
 from paraval.errors import CorruptStoreError
 from paraval.storage.codec import decode, decode_change, decode_record, encode, encode_change, encode_record
 from paraval.storage.records import JobChange, JobRecord, adopt
-from paraval.storage.redis_scripts import HEAD, NUMBER_SIZE
+from paraval.storage.redis.scripts import HEAD, NUMBER_SIZE
 
 __all__ = ["frame_of_adoption", "frame_of_change", "frame_of_record", "record_of"]
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import redis
 
 from paraval.errors import CorruptStoreError, StorageError, StoreAccessError, StoreUnreachableError, WrongStoreError
-from paraval.storage.redis_server import Server
+from paraval.storage.redis.server import Server
 
 __all__ = ["Failure", "failure_of_call", "failure_of_greeting"]
 

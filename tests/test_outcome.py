@@ -443,6 +443,7 @@ def test_the_causes_of_an_exception_are_in_its_traceback() -> None:
     [
         (JobError("exception", "bad", type="ValueError"), "F_ValueError", "ValueError: bad"),
         (JobError("exception", "", type="ValueError"), "F_ValueError", "ValueError"),
+        (JobError("exception", "bad:\n  x\n", type="ValueError"), "F_ValueError", "ValueError: bad: x"),
         (JobError("timeout", "too long"), "F_timeout", "timeout: too long"),
         (JobError("cancelled", "stop"), "F_cancelled", "cancelled: stop"),
         (JobError("worker_died", "gone", type="OSError"), "F_worker_died", "OSError: gone"),

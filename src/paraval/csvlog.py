@@ -233,7 +233,7 @@ class CSVLog:
         parameters = self._parameters | {f"p:{key}": _cell(value) for key, value in self._selected(job).items()}
         metadata = {f"m:{key}": _cell(value) for key, value in list(job.metadata.items()) if str(key)[:1] != "_"}
         if self._error_column and (job.error is not None or "m:error" not in metadata):
-            metadata["m:error"] = "" if job.error is None else " ".join(job.error.summary.split())
+            metadata["m:error"] = "" if job.error is None else job.error.summary
         if not isinstance(job, HPOJob):
             output = job.output if isinstance(job.output, dict) else {"": job.output}
             outputs = {f"o:{key}": _cell(value) for key, value in output.items()}

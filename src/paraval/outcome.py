@@ -30,7 +30,7 @@ class JobError(NamedTuple):
     Attributes:
         kind: ``"exception"`` (the run-function raised, or returned what no standard allows), ``"timeout"``,
             ``"cancelled"``, ``"worker_died"`` or ``"memory_limit_exceeded"``.
-        message: one line for people.
+        message: what happened, for people: one line, or what the run-function's exception says, which may be several.
         type: name of the exception's class; None when there was none.
         traceback: the traceback as text; None when there was none.
         exit_code: of the worker that died.
@@ -61,7 +61,7 @@ class JobError(NamedTuple):
     def summary(self) -> str:
         """One line: the type or kind, then the message."""
         head = self.type or self.kind
-        return f"{head}: {self.message}" if self.message else head
+        return " ".join([f"{head}:", *self.message.split()]) if self.message.strip() else head
 
 
 class Outcome(NamedTuple):

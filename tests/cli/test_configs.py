@@ -67,6 +67,14 @@ def test_a_cell_gets_its_type(cell: str, value: Any) -> None:
     assert type(parsed) is type(value)
 
 
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    """A file of results may hold what jobs have printed."""
+    path = tmp_path / "a.csv"
+    path.write_text(f"x,m:stdout\n1,{'y' * 1_000_000}\n")
+    (config,) = read_configs(str(path))
+    assert config["x"] == 1
+
+
 def test_nan_is_a_number() -> None:
     assert math.isnan(parse_value("nan"))
 

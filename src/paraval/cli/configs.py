@@ -146,7 +146,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+_CELL: Final = 2**31 - 1
+"""The most characters of a cell that the csv module can be told on every system."""
+
+
 def _read_csv(name: str, text: str) -> Configs:
+    csv.field_size_limit(_CELL)  # captured output may be long; the limit is the process's
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True, skipinitialspace=True)
     configs: Configs = []
     header: list[str] | None = None

@@ -158,7 +158,7 @@ def _rows(records: Sequence[JobRecord]) -> tuple[list[str], list[dict[str, Any]]
         shown = {key: value for key, value in (record.metadata or {}).items() if str(key)[:1] != "_"}
         metadata = {f"m:{key}": value for key, value in shown.items()}
         parts = (inputs, _objectives(record.out, several), ends) if hpo else (ends, inputs, _outputs(record.out))
-        metadata["m:error"] = None if record.error is None else " ".join(record.error.summary.split())
+        metadata["m:error"] = None if record.error is None else record.error.summary
         for known, part in zip(columns, parts, strict=True):
             known.update(dict.fromkeys(part))
         rows.append({**parts[0], **parts[1], **parts[2], **metadata})

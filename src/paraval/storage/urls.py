@@ -33,7 +33,8 @@ def open_storage(value: str | Storage) -> Storage:
     ``shared:``                     a new :class:`~paraval.storage.SharedMemoryStorage`, each time
     ``sqlite:///campaign.db``       the SQLite file of this path, relative to the working directory, as it is written
     ``sqlite:////data/campaign.db`` likewise, absolute
-    ``redis://host:6379/0``         a Redis or Valkey server; ``rediss:`` with TLS, ``unix:`` through a local socket
+    ``redis://host:6379/0``         a Redis or Valkey server; ``rediss:`` with TLS, ``unix:`` through a local socket;
+                                    ``valkey:`` and ``valkeys:`` mean the same
     =============================== ====================================================================================
 
     Other packages may bring more schemes, under the entry-point group ``paraval.storages``.
@@ -142,9 +143,9 @@ _BUILT_IN: Final = {
     "null": _BuiltIn(_without_rest("paraval.storage.null", "NullStorage")),
     "shared": _BuiltIn(_without_rest("paraval.storage.shared", "SharedMemoryStorage")),
     "sqlite": _BuiltIn(_open_sqlite),
-    "redis": _BuiltIn(_open_redis, requires="redis", extra="redis"),
-    "rediss": _BuiltIn(_open_redis, requires="redis", extra="redis"),
-    "unix": _BuiltIn(_open_redis, requires="redis", extra="redis"),
+    **dict.fromkeys(
+        ("redis", "rediss", "valkey", "valkeys", "unix"), _BuiltIn(_open_redis, requires="redis", extra="redis")
+    ),
 }
 _GROUP: Final = "paraval.storages"
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")  # RFC 3986

@@ -197,6 +197,7 @@ class Evaluator(ReferenceNames, abc.ABC):
             job_timeout=self._job_timeout,
             batching=self._batching,
             max_attempts=max_attempts,
+            resumes=resume,
             execute=_execute_of(self) if overridden else None,
         )
         patience = self._spec.kill_grace + (_CLOSE_S if self._writer is None else _CLOSE_SLOWLY_S)

@@ -131,6 +131,8 @@ class Job:
     stdout: str | None = None
     stderr: str | None = None
     restored: bool = False
+    _is_adopted: bool = False
+    """Whether a driver that is gone has left it."""
     reused: str | None = None
 
     def __init__(

@@ -43,6 +43,7 @@ class EngineSettings:
     Attributes:
         owner: whose jobs they are.
         writer: the way to a storage that may be slow, or None.
+        resumes: whether there may be jobs that a driver which is gone has left.
         execute: runs one job in place of the slot (an overridden ``Evaluator.execute``), or None.
     """
 
@@ -57,6 +58,7 @@ class EngineSettings:
     job_timeout: float | None
     batching: Batching
     max_attempts: int
+    resumes: bool
     execute: Callable[[Job], Awaitable[Job]] | None
 
     def prepare(self, jobs: int) -> None:
@@ -81,7 +83,14 @@ class Engine:
         self._workers = Workers(settings, self._recorder, self._deadlines, loop)
         self._settling = self._workers.settling
         self._following = Following(
-            self._settling, self._workers.put, settings.storage, settings.owner, self._clock, loop
+            self._settling,
+            self._workers.put,
+            self._recorder.fail,
+            settings.storage,
+            settings.owner,
+            self._clock,
+            loop,
+            max_attempts=settings.max_attempts,
         )
         self._stopping = False
         self.ended = False

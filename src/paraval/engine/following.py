@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import anyio
-import anyio.to_thread
 
 from paraval.engine.owners import living_owners
+from paraval.engine.recall import ended_too_often, final_outcome
 from paraval.engine.settling import Settling
-from paraval.job import Job, JobStatus
-from paraval.loops import Loop
-from paraval.outcome import Outcome
+from paraval.job import HPOJob, Job, JobStatus
+from paraval.loops import Loop, call_in_thread
+from paraval.outcome import Outcome, is_failure
 from paraval.storage import JobRecord, Storage
+from paraval.storage.writer import patiently
 
 __all__ = ["Following"]
 
@@ -29,6 +30,8 @@ class Following:
     Args:
         settling: where the jobs are settled.
         run: queues jobs that must be run after all.
+        fail: told when the storage fails.
+        max_attempts: how often a job may be run again that was running when its driver ended.
         storage: where the jobs of other drivers are.
         owner: who takes over what a driver that has gone leaves.
         clock: seconds since the evaluator was created.
@@ -39,13 +42,18 @@ class Following:
         self,
         settling: Settling,
         run: Callable[[list[Job]], object],
+        fail: Callable[[Exception], object],
         storage: Storage,
         owner: str,
         clock: Callable[[], float],
         loop: Loop,
+        *,
+        max_attempts: int,
     ) -> None:
         self._settling = settling
         self._run = run
+        self._fail = fail
+        self._max_attempts = max_attempts
         self._storage = storage
         self._owner = owner
         self._clock = clock
@@ -60,7 +68,7 @@ class Following:
         self._wanted.set()
 
     def _settled(self, job: Job, outcome: Outcome) -> None:
-        self._resolve(job.id, outcome)
+        self._resolve(job.id, outcome, has_failed=job.failed)
 
     async def watch(self) -> None:
         """Look, for as long as the engine runs, what becomes of the jobs of other drivers."""
@@ -71,7 +79,10 @@ class Following:
             await anyio.sleep(_LOOK_S)
             foreign = [source for source in self._followers if self._is_foreign(source)]
             if foreign:
-                await self._look(foreign)
+                try:
+                    await self._look(foreign)
+                except Exception as exc:  # noqa: BLE001 - a store may raise anything; the next look may do better
+                    self._fail(exc)
 
     def _is_foreign(self, source: str) -> bool:
         return source not in self._settling.open or any(job.id == source for job in self._followers[source])
@@ -80,21 +91,25 @@ class Following:
         records = await self._call(lambda: self._storage.get(sources))
         left = []
         for record in records:
-            if JobStatus(record.status).is_terminal:
-                self._resolve(record.id, _outcome(record), record)
+            outcome = final_outcome(record)
+            if outcome is not None:
+                self._resolve(record.id, outcome, record)
             else:
                 left.append(record)
         if left:
             living = await self._call(lambda: living_owners(self._storage))
-            await self._take_over([record for record in left if record.owner not in living])
+            stopped = JobStatus.CANCELLED.value  # with its evaluator, which may live on
+            await self._take_over([it for it in left if it.owner not in living or it.status == stopped])
 
-    async def _take_over(self, records: Iterable[JobRecord]) -> None:
+    async def _take_over(self, records: Sequence[JobRecord]) -> None:
         orphans = {record.id: record.revision for record in records}
         mine = {source: rev for source, rev in orphans.items() if self._follows_itself(source)}
         adopted = await self._call(lambda: self._storage.adopt(mine, self._owner)) if mine else set()
-        for source in orphans:
-            if source in adopted or source not in mine:
-                self._release(source)
+        for record in records:
+            if record.id in adopted:
+                self._release(record.id, ended_too_often(record, self._max_attempts))
+            elif record.id not in mine:
+                self._release(record.id)
 
     def _follows_itself(self, source: str) -> bool:
         return any(job.id == source for job in self._followers.get(source, ()))
@@ -102,23 +117,36 @@ class Following:
     async def _call(self, function: Callable[[], T]) -> T:
         if self._storage.by_reference:
             return function()
-        return await anyio.to_thread.run_sync(function, abandon_on_cancel=True)
+        return await call_in_thread(lambda: patiently(function), abandon_on_cancel=True)
 
-    def _resolve(self, source: str, outcome: Outcome, record: JobRecord | None = None) -> None:
+    def _resolve(
+        self, source: str, outcome: Outcome, record: JobRecord | None = None, *, has_failed: bool = False
+    ) -> None:
         """Give followers what their source got. One that only joined it does not share its failure: it is run."""
         jobs = [job for job in self._followers.pop(source, ()) if job.id in self._settling.open]
         now = self._clock()
         ended = []
         for job in jobs:
-            if job.id != source and (outcome.error is not None or outcome.cancelled):
+            if job.id != source and (
+                has_failed
+                or outcome.error is not None
+                or outcome.cancelled
+                or (isinstance(job, HPOJob) and is_failure(outcome.value))
+            ):
                 self._run([job])
                 continue
             take_over(job, source, record)
             ended.append((job, outcome, now))
         self._settling.settle(ended)
 
-    def _release(self, source: str) -> None:
+    def _release(self, source: str, outcome: Outcome | None = None) -> None:
+        """Have followers run, but the very job itself where it has an end already."""
         jobs = [job for job in self._followers.pop(source, ()) if job.id in self._settling.open]
+        if outcome is not None:
+            self._settling.settle([(job, outcome, self._clock()) for job in jobs if job.id == source])
+            jobs = [job for job in jobs if job.id != source]
+        for job in jobs:
+            job._is_adopted = job.id == source
         if jobs:
             self._run(jobs)
 
@@ -132,7 +160,3 @@ def take_over(job: Job, source: str, record: JobRecord | None) -> None:
     for key, value in ((record and record.metadata) or {}).items():
         if job.restored or not key.startswith("timestamp_"):
             job.metadata[key] = value
-
-
-def _outcome(record: JobRecord) -> Outcome:
-    return Outcome(record.out, record.error, cancelled=record.status == JobStatus.CANCELLED.value)

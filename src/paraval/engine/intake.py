@@ -39,6 +39,7 @@ class _New:
     jobs: list[Job] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    known: Sequence[Known] = ()
 
 
 class Intake:
@@ -159,6 +160,8 @@ class Intake:
             self._life.submit(jobs, new.outcomes, new.sources)
         except BaseException:
             self._ledger.forget(jobs)
+            if self._recall is not None:
+                self._recall.give_back(new.known, is_private=private is not None)
             raise
         if private is None:
             self.jobs += jobs
@@ -172,8 +175,14 @@ class Intake:
             self._holds = True
         recall = self._recall
         if recall is not None:
-            known = patiently(lambda: recall.look_up(configurations, is_private=is_private))
-            return self._make_known(configurations, known, is_private=is_private)
+            known = patiently(lambda: recall.look_up(configurations, self.job_class, is_private=is_private))
+            try:
+                new = self._make_known(configurations, known, is_private=is_private)
+            except BaseException:
+                recall.give_back(known, is_private=is_private)
+                raise
+            new.known = known
+            return new
         return _New(self._make_jobs(configurations, is_private=is_private))
 
     def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
@@ -223,6 +232,8 @@ class Intake:
         new = _New()
         for index, (configuration, one) in enumerate(zip(configurations, known, strict=True)):
             job = by_index.get(index) or self._make_again(configuration, one.record)
+            if one.record is not None and one.outcome is None and one.source is None:
+                job._is_adopted = True
             new.jobs.append(job)
             if one.outcome is not None:
                 new.outcomes[job.id] = one.outcome

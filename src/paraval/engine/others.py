@@ -27,7 +27,7 @@ class Others:
         self._owner = owner
         self._lock = threading.Lock()
         self._revision = 0
-        self._seen: set[str] = set()
+        self._seen: set[tuple[str, bool]] = set()
 
     def gather(self, job_class: type[Job], context: JobContext, known: set[str]) -> list[Job]:
         """Make jobs of what others have finished since the last call.
@@ -40,12 +40,12 @@ class Others:
         with self._lock:
             records, self._revision = self._storage.scan(self._search_id, self._revision)
             news = [record for record in records if self._is_news(record) and record.id not in known]
-            self._seen.update(record.id for record in news)  # a record may change again: a note in the metadata, say
+            self._seen.update(map(_seen, news))  # a record may change again: a note in the metadata, say
         return [self._job(record, job_class, context) for record in news]
 
     def _is_news(self, record: JobRecord) -> bool:
         is_mine = record.owner == self._owner or record.is_private
-        return not is_mine and JobStatus(record.status).is_terminal and record.id not in self._seen
+        return not is_mine and JobStatus(record.status).is_terminal and _seen(record) not in self._seen
 
     def _job(self, record: JobRecord, job_class: type[Job], context: JobContext) -> Job:
         args: dict[str, Any] = dict(record.args[0]) if record.args else {}
@@ -55,3 +55,8 @@ class Others:
         # As an outcome, since an output that is none for this class of jobs must not hide the other jobs.
         job.settle(Outcome(record.out, record.error, cancelled=record.status == JobStatus.CANCELLED.value))
         return job
+
+
+def _seen(record: JobRecord) -> tuple[str, bool]:
+    """What is given once: a job, and once more when it has been run after it was stopped with its evaluator."""
+    return record.id, record.status == JobStatus.DONE.value

@@ -13,12 +13,12 @@ from typing import Any, Final, NamedTuple
 
 from paraval.engine.owners import living_owners
 from paraval.engine.settling import OUT_OF_BUDGET
-from paraval.job import JobStatus
-from paraval.outcome import JobError, Outcome
+from paraval.job import HPOJob, Job, JobStatus
+from paraval.outcome import JobError, Outcome, is_failure
 from paraval.storage import JobRecord, Storage, UnstorableError
 from paraval.storage.codec import key_of
 
-__all__ = ["Known", "Recall"]
+__all__ = ["Known", "Recall", "ended_too_often", "final_outcome"]
 
 
 class Known(NamedTuple):
@@ -78,19 +78,43 @@ class Recall:
                 if key is not None:
                     self._left.setdefault((key, record.is_private), deque()).append(record)
 
-    def look_up(self, configurations: Sequence[Mapping[str, Any]], *, is_private: bool) -> list[Known]:
-        """Say of each configuration what is known. Open jobs of drivers that are gone are adopted."""
+    def look_up(
+        self, configurations: Sequence[Mapping[str, Any]], job_class: type[Job], *, is_private: bool
+    ) -> list[Known]:
+        """Say of each configuration what is known. Open jobs of drivers that are gone are adopted.
+
+        When nothing comes of it, be it that this raises, the records are given back with :meth:`give_back`.
+        """
         with self._lock:
             found = [self._resumed(configuration, is_private=is_private) for configuration in configurations]
-            self._adopt([known.record for known in found if known is not None and known.outcome is None], found)
-            if self._answers is None:
-                return [known or _NOTHING for known in found]
-            self._answers.update()
-            twins: dict[bytes, int] = {}
-            return [
-                known or self._answers.answer(configuration, twins, index)
-                for index, (known, configuration) in enumerate(zip(found, configurations, strict=True))
-            ]
+        try:
+            with self._lock:
+                return self._completed(found, configurations, job_class)
+        except BaseException:
+            self.give_back([known or _NOTHING for known in found], is_private=is_private)
+            raise
+
+    def give_back(self, found: Sequence[Known], *, is_private: bool) -> None:
+        """Have the records that were found be met by the next submissions: these came to nothing."""
+        with self._lock:
+            for known in reversed(found):
+                record = known.record
+                key = None if record is None else _key(record.function, _args_of(record))
+                if record is not None and key is not None:
+                    self._left.setdefault((key, is_private), deque()).appendleft(record)
+
+    def _completed(
+        self, found: list[Known | None], configurations: Sequence[Mapping[str, Any]], job_class: type[Job]
+    ) -> list[Known]:
+        self._adopt([known.record for known in found if known is not None and known.outcome is None], found)
+        if self._answers is None:
+            return [known or _NOTHING for known in found]
+        self._answers.update(objectives=issubclass(job_class, HPOJob))
+        twins: dict[bytes, int] = {}
+        return [
+            known or self._answers.answer(configuration, twins, index)
+            for index, (known, configuration) in enumerate(zip(found, configurations, strict=True))
+        ]
 
     def _resumed(self, configuration: Mapping[str, Any], *, is_private: bool) -> Known | None:
         key = _key(self._function, configuration) if self._left else None
@@ -98,7 +122,7 @@ class Recall:
         if not records:
             return None
         record = records.popleft()
-        return Known(record, _final_outcome(record), record.id, record)
+        return Known(record, final_outcome(record), record.id, record)
 
     def _adopt(self, records: list[JobRecord | None], found: list[Known | None]) -> None:
         """Take the open jobs over whose driver is gone; those whose driver is not are followed."""
@@ -111,7 +135,7 @@ class Recall:
         orphans = {
             record.id: record.revision
             for record in wanted.values()
-            if record.owner not in living and _final_outcome(record) is None
+            if record.owner not in living and final_outcome(record) is None
         }
         adopted = self._storage.adopt(orphans, self._owner) if orphans else set()
         for index, known in enumerate(found):
@@ -119,16 +143,9 @@ class Recall:
                 continue
             record = wanted[known.record.id]
             if record.id in adopted:
-                found[index] = Known(record, self._too_often(record))
+                found[index] = Known(record, ended_too_often(record, self._max_attempts))
             else:
-                found[index] = Known(record, _final_outcome(record), record.id, record)
-
-    def _too_often(self, record: JobRecord) -> Outcome | None:
-        attempts = record.attempts + (record.status == JobStatus.RUNNING.value)
-        if attempts <= self._max_attempts:
-            return None
-        message = f"its driver ended {attempts} times while it ran, and max_attempts is {self._max_attempts}"
-        return Outcome(error=JobError("worker_died", message, attempts=attempts))
+                found[index] = Known(record, final_outcome(record), record.id, record)
 
 
 class _Answers:
@@ -141,16 +158,17 @@ class _Answers:
         self._done: dict[bytes, str] = {}
         self._open: dict[bytes, str] = {}
 
-    def update(self) -> None:
+    def update(self, *, objectives: bool) -> None:
+        """Take in what is new; ``objectives``: whether an output may say itself that it is a failure."""
         for search_id in self._storage.search_ids():
             records, self._revisions[search_id] = self._storage.scan(search_id, self._revisions.get(search_id, 0))
             for record in records:
                 key = _key(record.function, _args_of(record)) if record.function == self._function else None
                 if key is not None:
-                    self._note(key, record)
+                    self._note(key, record, has_failed=objectives and is_failure(record.out))
 
-    def _note(self, key: bytes, record: JobRecord) -> None:
-        if record.status == JobStatus.DONE.value and record.error is None:
+    def _note(self, key: bytes, record: JobRecord, *, has_failed: bool) -> None:
+        if record.status == JobStatus.DONE.value and record.error is None and not has_failed:
             self._done.setdefault(key, record.id)
             self._open.pop(key, None)
         elif not JobStatus(record.status).is_terminal:
@@ -180,7 +198,21 @@ def _outcome(record: JobRecord) -> Outcome:
     return Outcome(record.out, record.error, cancelled=record.status == JobStatus.CANCELLED.value)
 
 
-def _final_outcome(record: JobRecord) -> Outcome | None:
+def ended_too_often(record: JobRecord, most: int) -> Outcome | None:
+    """Give the end of a job that was adopted, as its drivers ended while it ran; None while it may be run again.
+
+    Args:
+        record: as it was before.
+        most: how often it may be run again.
+    """
+    attempts = record.attempts + (record.status == JobStatus.RUNNING.value)
+    if attempts <= most:
+        return None
+    message = f"its driver ended {attempts} times while it ran, and max_attempts is {most}"
+    return Outcome(error=JobError("worker_died", message, attempts=attempts))
+
+
+def final_outcome(record: JobRecord) -> Outcome | None:
     """Give what became of a job; None when nothing has, or when it was stopped only because its evaluator ended."""
     if not JobStatus(record.status).is_terminal:
         return None

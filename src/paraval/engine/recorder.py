@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from paraval.engine.ledger import Ledger
@@ -11,9 +12,9 @@ from paraval.engine.notify import Notifier
 from paraval.errors import StorageError
 from paraval.job import Job, JobStatus
 from paraval.loops import Loop
-from paraval.outcome import error_from_exception
-from paraval.storage import JobChange, Storage, UnstorableError
-from paraval.storage.writer import Writer
+from paraval.outcome import JobError, Outcome, error_from_exception
+from paraval.storage import JobChange, JobRecord, Storage, UnstorableError
+from paraval.storage.writer import RobbedError, Writer
 
 __all__ = ["Recorder"]
 
@@ -56,9 +57,27 @@ class Recorder:
         try:
             self._storage.update([change])
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
-            self._fail(exc)
+            self.fail(exc)
             return False
         return True
+
+    def mark(self, job: Job, marked: Callable[[], object]) -> bool:
+        """Store that a job runs, before it does: it may end this program, as it may have ended another.
+
+        Returns:
+            Whether it is stored; else ``marked()`` is called, in any thread, when it is.
+        """
+        change = JobChange(job.id, status=JobStatus.RUNNING.value, by=self._owner)
+        if self._writer is None:
+            return True  # what is in memory ends with the program
+
+        def written(failure: Exception | None) -> None:
+            if failure is not None:
+                self.fail(failure)
+            marked()
+
+        self._writer.put([change], written)
+        return False
 
     def record(self, jobs: list[Job]) -> None:
         """Store the end of jobs, and hand them over."""
@@ -102,6 +121,11 @@ class Recorder:
     def _written(self, jobs: list[Job], failure: Exception | None) -> None:
         if failure is None:
             self._hand_over(jobs)
+        elif isinstance(failure, RobbedError):
+            for job in jobs:
+                if job.id in failure.records:
+                    _give_up(job, failure.records[job.id])
+            self._hand_over(jobs)
         elif isinstance(failure, UnstorableError):
             self._record_failure(jobs, failure)
         elif self._gives_up:
@@ -109,7 +133,7 @@ class Recorder:
             self._ledger.deliver(jobs, mail=False)
         else:
             self._unsaved.append(jobs)
-            self._fail(failure)
+            self.fail(failure)
 
     def _record_failure(self, jobs: list[Job], failure: UnstorableError) -> None:
         """Record a job whose output cannot be stored as failed by that; of several, one or more are."""
@@ -134,11 +158,23 @@ class Recorder:
             jobs = [job for job in jobs if job._status is not JobStatus.CANCELLED]
         self._ledger.deliver(jobs)
 
-    def _fail(self, exc: Exception) -> None:
+    def fail(self, exc: Exception) -> None:
+        """Stop: the storage has failed, and whoever waits hears of it."""
         _logger.error("the storage failed, so no result can be acknowledged", exc_info=exc)
         error = StorageError(f"the storage failed, so no result can be acknowledged: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
         self._ledger.fail(error)
+
+
+def _give_up(job: Job, record: JobRecord) -> None:
+    """Have a job show its record, which another driver writes: this one was taken to be gone."""
+    job.error, job.output = None, None
+    if JobStatus(record.status).is_terminal:
+        job.settle(Outcome(record.out, record.error, cancelled=record.status == JobStatus.CANCELLED.value))
+        job.restored = True
+    else:
+        message = "another driver has taken the job over, as this one could not say that it lives; it has the result"
+        job.settle(Outcome(error=JobError("cancelled", message), cancelled=True))
 
 
 def _stored_output(job: Job) -> Any:

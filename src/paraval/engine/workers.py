@@ -42,7 +42,7 @@ _YIELD_S: Final = 0.001
 class Worker:
     """One worker: its slot, what it runs, and the scope that interrupts it."""
 
-    __slots__ = ("batch", "failure", "needed", "next_turn", "report", "scope", "slot", "through", "watched")
+    __slots__ = ("batch", "failure", "handed", "needed", "next_turn", "report", "scope", "slot", "through", "watched")
 
     # Slot and scope are made by the worker's own task: where the worker is hired there may be no task.
     slot: Slot
@@ -55,6 +55,7 @@ class Worker:
 
     def __init__(self, report: Callable[[Worker], object]) -> None:
         self.batch: Batch | None = None
+        self.handed: Job | None = None
         self.report = functools.partial(report, self)
         self.watched = False
 
@@ -175,10 +176,10 @@ class Workers:
                 # Jobs that never wait would keep the loop from all others. One worker in a millisecond is enough.
                 self._last_turn = clock()
                 await anyio.lowlevel.checkpoint()
-            if slot.is_prompt and execute is None:
+            if slot.is_prompt and execute is None and worker.handed is None:
                 await self._stand_by(worker)
                 continue
-            job = queue.pull_nowait()
+            job, worker.handed = worker.handed or queue.pull_nowait(), None
             if job is None:
                 self._idle += 1
                 try:
@@ -186,6 +187,8 @@ class Workers:
                 finally:
                     self._idle -= 1
                 self._last_turn = clock()
+            if job._is_adopted:
+                await self._mark(job)
             batch = self._begin_batch(worker, job)
             if batch is None:
                 continue
@@ -194,6 +197,8 @@ class Workers:
             except WorkerDiedError as exc:
                 self._blame(batch, exc.error, alone=exc.alone)
             except Exception as exc:  # noqa: BLE001 - the slot itself failed
+                if not batch.in_hand:  # before it took any: with none to blame, it would fail for ever
+                    batch.take_all(1)
                 self._blame(batch, error_from_exception(exc)._replace(kind="worker_died"))
             self._put_away(worker, batch)
             self.settling.settle(batch.collect())
@@ -237,6 +242,10 @@ class Workers:
 
     def _begin_next(self, worker: Worker) -> None:
         while (job := self.queue.pull_nowait()) is not None:
+            if job._is_adopted:
+                worker.handed = job  # it takes a task
+                worker.needed.set()
+                return
             batch = self._begin_batch(worker, job)
             if batch is not None:
                 worker.slot.begin(batch, worker.through)
@@ -283,12 +292,20 @@ class Workers:
     def _fill(self, first: Job) -> list[Job]:
         size = self._sizer.next_size(len(self.queue) + 1) if self._settings.execute is None else 1
         jobs = [first] if size == 1 or self._attempts.is_suspect(first) else [first, *self.queue.pull_many(size - 1)]
-        if self._attempts:
-            alone = next((place for place, job in enumerate(jobs) if place and self._attempts.is_suspect(job)), None)
+        if self._attempts or self._settings.resumes:
+            is_suspect = self._attempts.is_suspect
+            alone = next((it for it, job in enumerate(jobs) if it and (job._is_adopted or is_suspect(job))), None)
             if alone is not None:
                 self.queue.put_back(jobs[alone:])
                 del jobs[alone:]
         return [job for job in jobs if job._status is JobStatus.READY]  # the others were cancelled while they waited
+
+    async def _mark(self, job: Job) -> None:
+        """Have it stored that a job that a driver left runs, before it does: it may be what ended that driver."""
+        job._is_adopted = False
+        stored = self._loop.event()
+        if not self._recorder.mark(job, lambda: self._loop.call_soon(stored.set)):
+            await stored.wait()
 
     def _note_start(self, worker: Worker, jobs: list[Job], *, may_be_tiny: bool) -> bool:
         self._ledger.started(len(jobs))

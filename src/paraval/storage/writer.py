@@ -19,7 +19,7 @@ from paraval.errors import ParavalError
 from paraval.storage.base import Storage
 from paraval.storage.records import JobChange, JobRecord
 
-__all__ = ["Writer", "patiently"]
+__all__ = ["RobbedError", "Writer", "patiently"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,18 @@ def patiently(call: Callable[[], T]) -> T:
     return call()
 
 
+class RobbedError(ParavalError):
+    """Changes were left out, as the jobs belong to another driver by now.
+
+    Attributes:
+        records: of these jobs, by their ids.
+    """
+
+    def __init__(self, records: dict[str, JobRecord]) -> None:
+        super().__init__(f"taken over by another driver: {', '.join(records)}")
+        self.records = records
+
+
 class Writer:
     """Writes changes in the order in which they were put. Usable from any thread.
 
@@ -79,6 +91,9 @@ class Writer:
         self._beat_s = beat_s
         self._owner: str | None = None
         self._renewed = 0.0
+        self._holds_until = math.inf
+        self._may_be_robbed = False
+        """Whether the lease has ever run out while there were jobs: others may have taken them since."""
         self._pace = _Pace()
         # When something is due, infinity if never; and when the thread looks next, whether or not it is notified.
         self._later_by = math.inf
@@ -115,7 +130,8 @@ class Writer:
 
         Args:
             changes: all or none of them are written.
-            written: called in the thread, with None or with why they could not be written.
+            written: called in the thread, with None or with why they could not be written; with RobbedError if only
+                some were left out.
         """
         if self._pace.awaits:
             self._pace.look(changes)
@@ -149,9 +165,11 @@ class Writer:
     def hold(self, owner: str) -> None:
         """Say, from now on until :meth:`close`, that the owner of jobs is alive."""
         if self._owner is None:
+            begin = time.monotonic()
             patiently(lambda: self._storage.renew(owner, self._lease_s))
             with self._condition:
                 self._owner = owner
+                self._holds_until = begin + self._lease_s
                 self._renewed = time.monotonic()
                 self._wake()
 
@@ -219,11 +237,23 @@ class Writer:
         self._looks_at = -math.inf  # it looks before it rests again
 
     def _renew(self, owner: str, seconds: float) -> None:
+        begin = time.monotonic()
+        self._notice_lapse()
         try:
             self._storage.renew(owner, seconds)
+            self._holds_until = begin + seconds if seconds else math.inf
         except Exception as exc:  # noqa: BLE001 - a store may raise anything; the next beat comes
             _logger.warning("the storage did not take that the driver is alive: %s: %s", type(exc).__name__, exc)
         self._renewed = time.monotonic()
+
+    def _notice_lapse(self) -> None:
+        if time.monotonic() > self._holds_until:
+            self._may_be_robbed = True
+
+    def _robbed_of(self, changes: Sequence[JobChange]) -> dict[str, JobRecord]:
+        """Give the records of the jobs that have ended here and belong to others."""
+        ours = {change.id: change.by for change in changes if change.status is not UNSET and change.by is not None}
+        return {record.id: record for record in self._storage.get(ours) if record.owner != ours[record.id]}
 
     def _flush(self) -> None:
         if self._pace.awaits is not None:
@@ -256,10 +286,14 @@ class Writer:
 
     def _write(self, items: list[tuple[Sequence[JobChange], Written]]) -> None:
         failure: Exception | None = None
+        robbed: dict[str, JobRecord] = {}
         together = [change for changes, _ in items for change in changes]
         try:
             if together:
                 patiently(lambda: self._storage.update(together))
+                self._notice_lapse()
+                if self._may_be_robbed:
+                    robbed = patiently(lambda: self._robbed_of(together))
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
             if len(items) > 1 and isinstance(exc, ParavalError) and not isinstance(exc, OSError):
                 for item in items:  # one of them is to blame, and the others shall be written
@@ -267,9 +301,10 @@ class Writer:
                 return
             failure = exc
             self._flush_within(0)  # what was to be durable with it
-        for _, written in items:
+        for changes, written in items:
+            missing = {change.id: robbed[change.id] for change in changes if change.id in robbed} if robbed else None
             try:
-                written(failure)
+                written(RobbedError(missing) if missing else failure)
             except Exception:
                 _logger.exception("what follows the writing of a record failed")
 

@@ -23,7 +23,7 @@ import pytest
 import runfunctions
 from paraval import Evaluator, HPOJob, Job, JobStatus, RunningJob
 from runfunctions import sometimes_wrong, wrong_configuration
-from support import CountingStorage, configurations, outputs, soon
+from support import CountingStorage, configurations, outputs, soon, until
 from workers import children, errors, is_alive, listening, no_process_left_behind, open_files, timed_out
 
 pytestmark = [
@@ -457,7 +457,8 @@ def test_a_worker_that_dies_takes_what_its_job_started_along() -> None:
     assert job.error is not None
     assert job.error.exit_code == 3
     assert job.storage is not None
-    assert not is_alive(job.storage.load_job(job.id)["metadata"]["sleeper"])
+    sleeper = job.storage.load_job(job.id)["metadata"]["sleeper"]
+    until(lambda: not is_alive(sleeper))  # it was sent SIGKILL
 
 
 def test_a_job_that_closes_every_file_fails_alone() -> None:

@@ -1,4 +1,4 @@
-"""Reaching an event loop from another thread, on asyncio and trio alike.
+"""Reaching an event loop from another thread, and a thread from an event loop, on asyncio and trio alike.
 
 anyio's own way (a portal) costs over 100 µs a call; this is one call of the loop's native function, and calls that come
 before the loop has woken share it.
@@ -11,17 +11,37 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import anyio
+import anyio.to_thread
 from anyio.lowlevel import current_token
 
 from paraval.errors import EvaluatorClosedError
 
-__all__ = ["Doorbell", "Event", "Loop"]
+__all__ = ["Doorbell", "Event", "Loop", "call_in_thread"]
 
 _logger = logging.getLogger("paraval")
 
+T = TypeVar("T")
+
 _Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+async def call_in_thread(function: Callable[..., T], *args: Any, abandon_on_cancel: bool = False) -> T:
+    """Call a function in a thread, at once.
+
+    anyio's default limiter is the program's, whose threads may all wait for what this call brings about. So it is not
+    asked; how many such calls there are at a time must be bounded by something else, as by the number of workers.
+
+    Args:
+        function: what to call.
+        *args: its arguments.
+        abandon_on_cancel: whether a cancellation leaves the call alone, rather than wait for it.
+    """
+    # Made here, as one that is made outside a loop would belong to the first loop that it meets.
+    limiter = anyio.CapacityLimiter(1)
+    return await anyio.to_thread.run_sync(function, *args, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
 
 
 class Event(Protocol):

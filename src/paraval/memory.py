@@ -22,6 +22,7 @@ __all__ = [
     "MemoryMeter",
     "PeakMemory",
     "WatchedProcess",
+    "descendants",
     "interpreter_size",
     "limit_in_bytes",
     "require",
@@ -193,6 +194,11 @@ class PeakMemory:
             self.bytes = max(self.bytes, self._meter.sample())
 
 
+def descendants(pid: int) -> list[int]:
+    """Give the processes that come from this one and have an unbroken line to it; none where there is no ``/proc``."""
+    return list(_family(pid))[1:] if _has_proc() else []
+
+
 # -- watching others ---------------------------------------------------------------------------------------------------
 
 
@@ -303,10 +309,14 @@ def _family(pid: int) -> Iterator[int]:
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     try:
-        for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 - several times faster, ten times a second
+        tasks = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 - several times faster, ten times a second
+    except OSError:  # it ended
+        return found
+    for task in tasks:
+        try:
             found += map(int, _read(f"/proc/{pid}/task/{task}/children").split())
-    except OSError:  # it ended, or one of its threads
-        pass
+        except OSError:  # this thread ended
+            continue
     return found
 
 

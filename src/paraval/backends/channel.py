@@ -67,7 +67,22 @@ class Channel:
             try:
                 view = view[self._socket.send(view) :]
             except BlockingIOError:
-                await anyio.wait_writable(self._socket)
+                await self._until_writable()
+
+    async def _until_writable(self) -> None:
+        """Wait until more can be sent. What comes meanwhile is taken: the worker may wait for that before it reads."""
+        if self._begin_to_watch().is_asyncio:
+            await anyio.wait_writable(self._socket)
+            return
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._read_on)
+            await anyio.wait_writable(self._socket)
+            group.cancel_scope.cancel()
+
+    async def _read_on(self) -> None:
+        while self._failure is None:
+            await anyio.wait_readable(self._source)
+            self._read()
 
     async def receive(self) -> Sequence[Frame]:
         """Wait for frames; give those that are there.
@@ -75,22 +90,27 @@ class Channel:
         Raises:
             OSError: the worker is gone.
         """
-        if self._loop is None:
-            self._loop = Loop.running()
-            if self._loop.is_asyncio:
-                self._watching = asyncio.get_running_loop()
-                self._watching.add_reader(self._source, self._read)
+        loop = self._begin_to_watch()
         while not self._frames:
             if self._failure is not None:
                 raise self._failure
-            if self._loop.is_asyncio:
-                self._arrival = self._loop.event()
+            if loop.is_asyncio:
+                self._arrival = loop.event()
                 await self._arrival.wait()
             else:
                 await anyio.wait_readable(self._source)
                 self._read()
         frames, self._frames = self._frames, ()
         return frames
+
+    def _begin_to_watch(self) -> Loop:
+        loop = self._loop
+        if loop is None:
+            self._loop = loop = Loop.running()
+            if loop.is_asyncio:
+                self._watching = asyncio.get_running_loop()
+                self._watching.add_reader(self._source, self._read)
+        return loop
 
     @property
     def is_broken(self) -> bool:

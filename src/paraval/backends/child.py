@@ -9,14 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, ClassVar, Final
 
 import anyio
 
 from paraval.backends.channel import Channel
-from paraval.memory import MemoryMeter, WatchedProcess
+from paraval.memory import MemoryMeter, WatchedProcess, descendants
 from paraval.outcome import JobError
 
 __all__ = ["WorkerProcess"]
@@ -45,41 +47,46 @@ class WorkerProcess(Channel):
     memory: WatchedProcess | None = None
     base = 0
     held = 0
+    _strays: Mapping[int, int] = {}
+    """Descendants that have left its process group: their starts, by their numbers."""
 
     def __init__(self, setup: bytes, capture: int | None = None) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        pipe = None if capture is None else subprocess.PIPE
-        self._lifeline = lifeline = _Lifeline()
+        if not sys.executable:
+            raise FileNotFoundError("sys.executable does not say which interpreter is to be started")
         home = str(Path(__file__).parents[2])
-        try:
-            self._popen = subprocess.Popen(  # noqa: S603 - this very interpreter, with our own arguments
+        pipe = None if capture is None else subprocess.PIPE
+        with contextlib.ExitStack() as for_failure, contextlib.ExitStack() as theirs:
+            ours, socket_of_worker = socket.socketpair()
+            for_failure.callback(ours.close)
+            theirs.callback(socket_of_worker.close)
+            ours.setblocking(False)
+            self._lifeline = lifeline = _Lifeline()
+            for_failure.callback(lifeline.close)
+            theirs.callback(lifeline.close_watched)
+            # A selector is itself a descriptor that can be waited for: one wait for socket and output.
+            self._selector = None if capture is None else selectors.DefaultSelector()
+            if self._selector is not None:
+                for_failure.callback(self._selector.close)
+            # Last, as it is what cannot be undone.
+            self._popen = _Popen(
                 [
                     sys.executable,
                     *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined] # as multiprocessing does
                     "-c",
-                    _BOOTSTRAP.format(home, theirs.fileno(), lifeline.watched),
+                    _BOOTSTRAP.format(home, socket_of_worker.fileno(), lifeline.watched),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=pipe,
                 stderr=pipe,
-                pass_fds=(theirs.fileno(), lifeline.watched),
+                pass_fds=(socket_of_worker.fileno(), lifeline.watched),
                 process_group=0,
             )
-        except BaseException:
-            ours.close()
-            lifeline.close()
-            raise
-        finally:
-            theirs.close()
-            lifeline.close_watched()
+            for_failure.pop_all()
         self._socket = ours
         self._received = bytearray()
         self._tails = [
             _Tail(stream, capture) for stream in (self._popen.stdout, self._popen.stderr) if capture and stream
         ]
-        # A selector is itself a descriptor that can be waited for: one wait for socket and output.
-        self._selector = selectors.DefaultSelector() if self._tails else None
         if self._selector is not None:
             for source in (ours.fileno(), *(tail.fileno() for tail in self._tails)):
                 self._selector.register(source, selectors.EVENT_READ)
@@ -95,12 +102,11 @@ class WorkerProcess(Channel):
     @property
     def is_gone(self) -> bool:
         """Whether the process has ended (it may not be reaped: its number still stands for its group)."""
-        popen = self._popen
-        if popen.returncode is not None:
-            return True
-        if _LOOK is None:
-            return popen.poll() is not None
-        return os.waitid(os.P_PID, popen.pid, _LOOK) is not None
+        return self._popen.has_ended
+
+    @property
+    def _was_taken(self) -> bool:
+        return isinstance(self._popen, _Popen) and self._popen.was_taken  # a subclass may have another
 
     def notice_the_end(self) -> None:
         """Have whoever waits in :meth:`wait` notice that the process has ended.
@@ -117,9 +123,7 @@ class WorkerProcess(Channel):
 
     def watch_memory(self, limit: float) -> None:
         """Have it killed when it holds more."""
-        self.memory = WatchedProcess(
-            self.pid, limit, lambda: self.signal(signal.SIGKILL), inherited=max(0, self.held - self.base)
-        )
+        self.memory = WatchedProcess(self.pid, limit, self.strike, inherited=max(0, self.held - self.base))
 
     def output(self) -> tuple[str, str] | None:
         """Give and forget the tails of stdout and stderr so far; None when they are not captured."""
@@ -136,16 +140,50 @@ class WorkerProcess(Channel):
                     self._selector.unregister(tail.fileno())
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the worker and all it started."""
-        if self._popen.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._popen.pid, number)
+        """Send a signal to the worker and all in its process group, which is all it started as a rule."""
+        if self.is_gone:
+            return
+        pid = self._popen.pid
+        _signal_group(pid, number)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(pid) != pid:  # a job has moved it to another group
+                os.kill(pid, number)
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM."""
+        self._look_for_strays()  # what is asked may end, and leave its children without a line to the worker
+        self.signal(signal.SIGTERM)
+
+    def strike(self) -> None:
+        """Send SIGKILL to the worker and all it started, those included that have left its process group.
+
+        Where there is no ``/proc``, these are spared; and so are those that have no living parent below the worker.
+        """
+        self._look_for_strays()
+        self.signal(signal.SIGKILL)
+        strays, self._strays = self._strays, {}
+        for pid, started in strays.items():
+            now = _group_and_start(pid)
+            if now is not None and now[1] == started:  # else another process has its number by now
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _look_for_strays(self) -> None:
+        """Note the descendants that have left the group: before a signal, as nothing leads to orphans."""
+        with contextlib.suppress(ProcessLookupError):  # it was never started
+            if not self.is_gone:
+                group = self.pid
+                for pid in descendants(group):
+                    seen = _group_and_start(pid)
+                    if seen is not None and seen[0] != group:
+                        self._strays = {**self._strays, pid: seen[1]}
 
     async def kill(self) -> None:
         """End it by force, with all it started."""
-        self.signal(signal.SIGKILL)
+        self.strike()
         self._close()
-        await self._reap()
+        if not await self._reap():  # the system is slow; but a dead child must not stay one for as long as this program
+            threading.Thread(target=self._popen.wait, name="paraval-reaper", daemon=True).start()
         self._finish()
 
     async def retire(self) -> None:
@@ -168,13 +206,15 @@ class WorkerProcess(Channel):
         if not await self._reap():
             await self.kill()
         self._finish()
-        code = self._popen.returncode
+        code = None if self._was_taken else self._popen.returncode
         number = -code if code is not None and code < 0 else None
         if number is not None:
             try:
                 how = f"was killed by {signal.Signals(number).name}"
             except ValueError:
                 how = f"was killed by signal {number}"
+        elif self._was_taken:
+            how = "ended (its exit code was taken by another part of the program)"
         else:
             how = f"ended with exit code {code}"
         return JobError(
@@ -195,11 +235,81 @@ class WorkerProcess(Channel):
                 return False
             await anyio.sleep(pause)
             pause = min(pause * 2, 0.02)
-        # Before it is reaped, as long as no other process can have its number.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
+        # Before it is reaped, as long as no other process can have its number. If others have reaped it: the system
+        # gives the number of a group to no process as long as one of the group lives. So where no process has it, there
+        # is either nobody to end or what the worker left behind; and where one has it, the group is not ours any more.
+        if not self._was_taken or not _exists(self._popen.pid):
+            _signal_group(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
         return True
+
+
+class _Popen(subprocess.Popen[bytes]):
+    """A child that others may wait for too: a handler of SIGCHLD that reaps all, or the system where it is ignored.
+
+    Attributes:
+        was_taken: others did, so its exit code is unknown (``returncode`` is 0), and its number may be another's.
+    """
+
+    was_taken = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended. Where the system allows it, it is not reaped by this."""
+        if self.returncode is None:
+            if _LOOK is None:
+                self._reap(os.WNOHANG)
+            else:
+                try:
+                    return os.waitid(os.P_PID, self.pid, _LOOK) is not None
+                except ChildProcessError:
+                    self._note_taken()
+        return self.returncode is not None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Reap it, however long that takes."""
+        del timeout
+        if self.returncode is None:
+            self._reap(0)
+        return self.returncode
+
+    def _reap(self, flags: int) -> None:
+        # Not through the base, to which a child that others took has ended with 0.
+        try:
+            pid, status = os.waitpid(self.pid, flags)
+        except ChildProcessError:
+            self._note_taken()
+            return
+        if pid:
+            self.returncode = os.waitstatus_to_exitcode(status)
+
+    def _note_taken(self) -> None:
+        self.was_taken = True
+        self.returncode = 0  # the base must not think that it runs
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _group_and_start(pid: int) -> tuple[int, int] | None:
+    """Give a process's group, and when it was started, in the system's ticks; None of one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[2]), int(fields[19])
 
 
 class _Tail:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import pickle
@@ -14,16 +15,24 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, ClassVar, Final
 
 import anyio
-import anyio.to_thread
 
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError
-from paraval.backends.futures import Call, ExecutorSlot, Pool, RefusedError, SharedPool, close_before_pools_wait
+from paraval.backends.futures import (
+    Call,
+    CallLostError,
+    ExecutorSlot,
+    Pool,
+    RefusedError,
+    SharedPool,
+    close_before_pools_wait,
+)
 from paraval.backends.process import _outcome
 from paraval.backends.thread import _JobThread
 from paraval.errors import BadValueError, WrongTypeError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
 from paraval.job import Job, JobStatus
+from paraval.loops import call_in_thread
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.worker.board import Board
 from paraval.worker.main import Sealed
@@ -31,6 +40,8 @@ from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 from paraval.worker.remote import Done, Program, Report, run_jobs
 
 __all__ = ["ExecutorEvaluator"]
+
+_logger = logging.getLogger("paraval")
 
 _MOST_AT_ONCE: Final = 64
 _SMALL: Final = 1 << 14
@@ -131,6 +142,7 @@ class ExecutorBackend(Backend):
         self._shared: SharedPool | None = None
         self._program: tuple[str, Program] | None = None
         self._program_of: list[Any] = []
+        self._has_told_lack = False
         if not self._is_local:
             try:
                 self.program(spec)
@@ -157,6 +169,14 @@ class ExecutorBackend(Backend):
             self._next = None
             executor = self._factory() if executor is None else executor
         return Pool(_checked(executor, "executor"), is_ours=self._factory is not None)
+
+    def board(self) -> Board:
+        """Make a board for a slot; say it once, when workers cannot open it."""
+        board = Board()
+        if board.lack is not None and not self._has_told_lack:
+            self._has_told_lack = True
+            _logger.warning("jobs in the executor cannot be asked to stop: no temporary file: %s", board.lack)
+        return board
 
     def program(self, spec: RunSpec) -> tuple[str, Program]:
         """Give what is the same for all calls, and the token that names it.
@@ -187,7 +207,7 @@ class ExecutorBackend(Backend):
 def _made_by(factory: Callable[[], object]) -> Executor:
     try:
         made = factory()
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise BadValueError(
             f"the factory of executors {describe(factory)} failed: {type(exc).__name__}: {exc}"
         ) from exc
@@ -200,6 +220,13 @@ def _checked(value: object, what: str) -> Executor:
     return value
 
 
+def _not_a_report(result: object) -> JobError:
+    what = "None" if result is None else f"an object of type {type(result).__name__}"
+    return JobError(
+        "worker_died", f"the executor gave back {what} where the jobs' report should be: it must run what it is given"
+    )
+
+
 def _is_local(executor: Executor) -> bool:
     """Whether calls share the objects of this interpreter, as far as can be known."""
     in_interpreters = getattr(futures, "InterpreterPoolExecutor", ())  # Python 3.14; it is a ThreadPoolExecutor
@@ -208,6 +235,10 @@ def _is_local(executor: Executor) -> bool:
 
 class LocalSlot(ExecutorSlot):
     """Runs batches in a thread of the executor, where a job is the very object that the engine has."""
+
+    def __init__(self, spec: RunSpec, shared: SharedPool) -> None:
+        super().__init__(spec, shared)
+        self._num_lost = 0
 
     async def run(self, batch: Batch) -> None:
         inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
@@ -225,11 +256,17 @@ class LocalSlot(ExecutorSlot):
                     with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.kill_grace):
                         await call.wait()
                 raise
-            await self._result(pool, call)
+            result = await self._result(pool, call)
+            self._num_lost = 0
+            if batch.waiting:
+                self._fail_all(batch, _not_a_report(result))
         except RefusedError as exc:
             self._fail_all(batch, exc.error)
         except WorkerDiedError as exc:
-            batch.take_all()  # it never got to them
+            self._num_lost += 1
+            if isinstance(exc, CallLostError) and self._shared.replaces and self._num_lost <= _EXCUSES:
+                raise  # it never got to them, and maybe the next executor does
+            batch.take_all()
             # No job ends a thread: the executor's own initializer failed, and would for each job that came alone.
             raise WorkerDiedError(exc.error) from exc.__cause__
 
@@ -244,7 +281,7 @@ class RemoteSlot(ExecutorSlot):
     def __init__(self, spec: RunSpec, shared: SharedPool, backend: ExecutorBackend) -> None:
         super().__init__(spec, shared)
         self._backend = backend
-        self._board = Board()
+        self._board = backend.board()
         self._board_is_seen = False
         self._submitted = 0.0
         self._num_calls = 0
@@ -267,17 +304,20 @@ class RemoteSlot(ExecutorSlot):
         except PicklingFailed as exc:  # static arguments that were changed since the evaluator was made
             self._fail_all(batch, JobError("exception", str(exc), type="PicklingError"))
         except WorkerDiedError as exc:
-            is_excused = self._suspect(job_ids, exc.error)
+            is_excused = self._suspect(job_ids, exc)
             raise WorkerDiedError(exc.error, alone=exc.alone and not is_excused) from exc.__cause__
         for job_id in job_ids:
             suspects.pop(job_id, None)
 
-    def _suspect(self, job_ids: list[str], error: JobError) -> bool:
+    def _suspect(self, job_ids: list[str], death: WorkerDiedError) -> bool:
         """Take note of jobs whose process died; tell whether even one that was alone there has another chance."""
-        suspects = self._shared.suspects
+        suspects, error = self._shared.suspects, death.error
         times = {job_id: suspects.get(job_id, 0) for job_id in job_ids}
-        had_begun = self._board.current is not None or error.pid is None  # without a pid it was no process of ours
-        is_excused = (error.exit_code == _UNKNOWN or not had_begun) and max(times.values()) < _EXCUSES
+        # Without a pid it was no process of ours; without a file nobody can say.
+        had_begun = self._board.current is not None or error.pid is None or self._board.lack is not None
+        is_lost = isinstance(death, CallLostError) and self._shared.replaces
+        may_be_innocent = is_lost or error.exit_code == _UNKNOWN or not had_begun
+        is_excused = may_be_innocent and max(times.values()) < _EXCUSES
         for job_id in job_ids:
             suspects[job_id] = times[job_id] + is_excused
         return is_excused
@@ -337,8 +377,10 @@ class RemoteSlot(ExecutorSlot):
             with anyio.CancelScope(shield=True):
                 await self._stop(batch, jobs, pool, call)
             raise
-        report: Report | None = await self._result(pool, call)
-        return report
+        report = await self._result(pool, call)
+        if report is None or isinstance(report, Report):
+            return report
+        raise RefusedError(_not_a_report(report))
 
     async def _wait(self, batch: Batch, pool: Pool, call: Call) -> None:
         """Wait for the end. Where the time of a job is limited, none passes before it has begun."""
@@ -356,7 +398,7 @@ class RemoteSlot(ExecutorSlot):
             self._board_is_seen = True
             return True
         # A worker on another machine cannot say so: then what the executor says must do, which is less exact.
-        is_silent = not (self._board_is_seen or pool.is_of_processes)
+        is_silent = self._board.lack is not None or not (self._board_is_seen or pool.is_of_processes)
         return is_silent and call.future.running()
 
     async def _stop(self, batch: Batch, jobs: list[tuple[str, Any]], pool: Pool, call: Call) -> None:
@@ -428,7 +470,7 @@ class RemoteSlot(ExecutorSlot):
             if storage.by_reference:
                 store()
             else:
-                await anyio.to_thread.run_sync(store)
+                await call_in_thread(store)
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
             return Outcome(error=error_from_exception(exc)) if outcome.error is None else outcome
         return outcome

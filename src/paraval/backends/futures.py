@@ -6,6 +6,7 @@ Also the executor behind the calls: when it is made, when it has to be replaced,
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -16,15 +17,16 @@ from signal import Signals
 from typing import Any, Final
 
 import anyio
-import anyio.to_thread
 
 from paraval.backends.base import Batch, RunSpec, Slot, WorkerDiedError
 from paraval.errors import ParavalError
 from paraval.evaluator import Evaluator, _alive, _warn_unclosed
-from paraval.loops import Loop
+from paraval.loops import Loop, call_in_thread
 from paraval.outcome import JobError, Outcome
 
-__all__ = ["Call", "ExecutorSlot", "Pool", "RefusedError", "SharedPool", "close_before_pools_wait"]
+__all__ = ["Call", "CallLostError", "ExecutorSlot", "Pool", "RefusedError", "SharedPool", "close_before_pools_wait"]
+
+_logger = logging.getLogger("paraval")
 
 _QUICK_S: Final = 0.005
 """After a submit that took longer, the next is made in a thread."""
@@ -126,7 +128,11 @@ class Pool:
         self._is_slow = True  # the first submit may start processes
 
     async def submit(self, function: Callable[..., Any], *args: Any) -> Call:
-        """Submit a call; whatever the executor raises is raised."""
+        """Submit a call.
+
+        Raises:
+            _NotTakenError: from whatever the executor raised.
+        """
         call = Call()
         if self._calls:
             call.alone = False
@@ -135,7 +141,7 @@ class Pool:
         self._calls.add(call)
         try:
             if self._is_slow:
-                call.follow(await anyio.to_thread.run_sync(self._submit_slowly, function, args))
+                call.follow(await call_in_thread(self._submit_slowly, function, args))
             else:
                 call.follow(self._submit(function, args))
         except BaseException:
@@ -160,15 +166,33 @@ class Pool:
 
     def _submit(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
         began = time.monotonic()
-        future = self._executor.submit(function, *args)
+        try:
+            future = self._executor.submit(function, *args)
+        except BaseException as exc:
+            if isinstance(exc, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C, which comes here by chance
+            # Even a SystemExit is this call's failure: it must not end the loop.
+            raise _NotTakenError from exc
+        if not hasattr(future, "add_done_callback"):  # not by its type: somebody's own may have another
+            raise _NotTakenError from TypeError(f"its submit() must give a Future, not {type(future).__name__}")
         # One that has ended already may have been made in there, which must not be on the loop's thread.
         self._is_slow = time.monotonic() - began > _QUICK_S or future.done()
         return future
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether its calls are lost; one that was shut down takes no calls either, and still runs those it has."""
+        return isinstance(self.failure, BrokenExecutor)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call of ours is in it."""
+        return not self._calls
+
     def fail(self, failure: BaseException) -> None:
         """Take note that it takes no calls any more."""
         self.failure = failure
-        if isinstance(failure, BrokenExecutor):
+        if self.is_broken:
             # The executor does so itself, but not with one that was being started just then, and waits for that one.
             self._kill_processes()
 
@@ -223,16 +247,27 @@ class Pool:
             return
         self._is_ours = False
         self._look_up_processes()
-        if self._calls or self.failure is not None:
+        if self._calls or self.is_broken:
             self._kill_processes()
+        if self._is_shut_down:
+            return
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_S):
-            await anyio.to_thread.run_sync(self._shut_down, abandon_on_cancel=True)
+            await call_in_thread(self._shut_down, abandon_on_cancel=True)
+
+    @property
+    def _is_shut_down(self) -> bool:
+        """Whether somebody else shut it down. Of two that wait for its end, one would close the other's pipes."""
+        executor: Any = self._executor if self.is_of_processes else None
+        return bool(getattr(executor, "_shutdown_thread", False)) and not getattr(executor, "_broken", False)
 
     def _shut_down(self) -> None:
         try:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-        except TypeError:  # an executor of somebody's own, from before there was cancel_futures
-            self._executor.shutdown(wait=True)
+            try:
+                self._executor.shutdown(wait=True, cancel_futures=True)
+            except TypeError:  # an executor of somebody's own, from before there was cancel_futures
+                self._executor.shutdown(wait=True)
+        except BaseException:  # even a SystemExit: no job has anything to do with it
+            _logger.warning("the shutdown of the executor %r failed", type(self._executor).__name__, exc_info=True)
 
 
 # The executor waits for its processes itself, in a thread of its own. What looks at them beside it must not take the
@@ -279,6 +314,10 @@ def _how_it_died(process: Any) -> JobError:
     )
 
 
+class _NotTakenError(Exception):
+    """An executor raised its cause in place of taking a call."""
+
+
 class SharedPool:
     """The pool of all slots of one engine. On the engine's loop only.
 
@@ -300,6 +339,7 @@ class SharedPool:
         self._make = make
         self._users = 0
         self._pool: Pool | None = None
+        self._retired: set[Pool] = set()
         self._making = anyio.Lock()
 
     @property
@@ -314,16 +354,23 @@ class SharedPool:
     async def leave(self) -> None:
         """Say that a slot uses it no more; the last one closes it."""
         self._users -= 1
-        if not self._users and self._pool is not None:
-            pool, self._pool = self._pool, None
-            await pool.close()
+        if not self._users:
+            pools, self._retired = self._retired, set()
+            if self._pool is not None:
+                pools.add(self._pool)
+                self._pool = None
+            for pool in pools:
+                await pool.close()
 
     async def current(self) -> Pool:
         """Give the pool; a new one when there is none, or it is broken and can be replaced."""
         async with self._making:
             if self._pool is not None and self._pool.failure is not None and self.replaces:
-                broken, self._pool = self._pool, None
-                await broken.close()
+                self._retired.add(self._pool)
+                self._pool = None
+            for pool in [pool for pool in self._retired if pool.is_broken or pool.is_empty]:
+                self._retired.discard(pool)  # the others were shut down by somebody, and still run what they have
+                await pool.close()
             if self._pool is None:
                 self._pool = await self.new()
                 self._pool.start_all_processes_at_once()
@@ -331,7 +378,7 @@ class SharedPool:
 
     async def new(self) -> Pool:
         """Make another pool, for one slot alone."""
-        pool = await anyio.to_thread.run_sync(self._make)
+        pool = await call_in_thread(self._make)
         self.pools.add(pool)
         return pool
 
@@ -346,6 +393,13 @@ class RefusedError(Exception):
     def __init__(self, error: JobError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+class CallLostError(WorkerDiedError):
+    """The executor lost a call though it is not broken: it was shut down under it, say.
+
+    What a job raises never ends a call, so none of its jobs is to blame yet, where they can be run in a new executor.
+    """
 
 
 class ExecutorSlot(Slot):
@@ -388,10 +442,10 @@ class ExecutorSlot(Slot):
             if failure is None:
                 try:
                     return pool, await pool.submit(function, *args)
-                except Exception as exc:  # noqa: BLE001 - it is broken, or shut down, or somebody's own
-                    failure = exc
-                    if self._shared.replaces or isinstance(exc, BrokenExecutor):
-                        pool.fail(exc)
+                except _NotTakenError as exc:  # it is broken, or shut down, or somebody's own
+                    failure = exc.__cause__ or exc
+                    if self._shared.replaces or isinstance(failure, BrokenExecutor):
+                        pool.fail(failure)
         reason = f"the executor takes no job ({type(failure).__name__}: {failure})"
         raise RefusedError(self._advised(JobError("worker_died", reason))) from failure
 
@@ -399,8 +453,9 @@ class ExecutorSlot(Slot):
         """Give what an ended call returned.
 
         Raises:
-            WorkerDiedError: the executor lost it.
-            RefusedError: likewise, and there will not be another.
+            WorkerDiedError: the executor broke.
+            CallLostError: the executor lost it in another way.
+            RefusedError: the executor broke, and there will not be another.
         """
         pool.forget(call)
         failure = call.failure
@@ -408,7 +463,7 @@ class ExecutorSlot(Slot):
             return call.future.result()
         if not isinstance(failure, BrokenExecutor):
             error = JobError("worker_died", f"the executor lost the job: {type(failure).__name__}: {failure}")
-            raise WorkerDiedError(error) from failure
+            raise CallLostError(error) from failure
         pool.failure = failure  # at once, so that nobody else enters while this one waits
         error = JobError("worker_died", f"the executor broke while it had the job: {failure}")
         if call.alone:

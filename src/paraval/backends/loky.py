@@ -13,13 +13,13 @@ from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar
 
 import anyio
-import anyio.to_thread
 
 from paraval.backends.base import Backend
 from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
 from paraval.backends.futures import close_before_pools_wait
 from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
 from paraval.errors import MissingExtraError
+from paraval.loops import call_in_thread
 from paraval.outcome import JobError
 from paraval.worker import remote
 
@@ -70,7 +70,7 @@ class LokyWorker(WorkerProcess):
             hand_over, self._hand_over = self._hand_over, []
             # In a thread, as loky takes some milliseconds; not to be cancelled half-way.
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._popen.start, hand_over, self._notice_the_end_of_call)
+                await call_in_thread(self._popen.start, hand_over, self._notice_the_end_of_call)
         await super().send(frame)
 
     @property

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import operator
 import os
 import pickle
-import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, ClassVar, Final
@@ -27,12 +27,16 @@ from paraval.job import Job, JobStatus
 from paraval.memory import MemoryLimit, WatchedProcess, supervise
 from paraval.outcome import JobError, Outcome
 from paraval.worker.main import Sealed, Setup
-from paraval.worker.pickling import PicklingFailed, dumps, is_plain
+from paraval.worker.pickling import PicklingFailed, dumps, dumps_together, is_plain
 
 __all__ = ["ProcessPoolEvaluator"]
 
 _CAPTURED: Final = 1 << 16
 _SUPERVISION_S: Final = 0.25
+_PASSING: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+"""Reasons for which the system cannot start a process now, and may be able to a moment later."""
+_PAUSES_S: Final = (0.05, 0.1, 0.25, 0.5)
+"""How long that moment may be, each time."""
 
 
 class ProcessSlot(Slot):
@@ -48,32 +52,52 @@ class ProcessSlot(Slot):
     async def run(self, batch: Batch) -> None:
         while batch.waiting:
             try:
-                process = self._process
-                if process is None or not self._can_go_on(process):
-                    await self._let_go()
-                    process = self._start_worker()
-                    batch.wait_for_worker()
+                setup = self._backend.setup(self._spec)
             except PicklingFailed as exc:  # static arguments that were changed since the evaluator was made
-                self._fail(batch, batch.take_all(), JobError("exception", str(exc), type="PicklingError"))
+                self._fail(batch, batch.take_all(), Outcome(error=_unpicklable(exc)))
                 return
-            await self._run_on(process, batch)
+            process = self._process
+            if process is None or not self._can_go_on(process, setup):
+                await self._let_go()
+                process = None
+            # Before a worker is there: where none can be started, these jobs end, or they would be tried for ever.
+            sent = batch.take_all(self._backend.jobs_left(process))
+            if process is None:
+                batch.wait_for_worker()
+                try:
+                    process = await self._start_worker(setup)
+                except Exception as exc:  # noqa: BLE001 - whatever keeps a program from being started
+                    message = f"a worker process could not be started: {type(exc).__name__}: {exc}"
+                    error = JobError("worker_died", message, host=os.uname().nodename)
+                    self._fail(batch, sent, Outcome(error=error, may_retry=True))
+                    continue
+            await self._run_on(process, batch, sent)
 
-    def _can_go_on(self, process: WorkerProcess) -> bool:
+    def _can_go_on(self, process: WorkerProcess, setup: bytes) -> bool:
         """Whether the worker is there and can take the next jobs."""
         # One that died while it had nothing to do is replaced in silence: no job is to blame.
-        if process.setup is not self._backend.setup(self._spec) or process.is_broken or process.is_gone:
+        if process.setup is not setup or process.is_broken or process.is_gone:
             return False
         limit = self._backend.memory_limit
         return limit is None or process.look_at_memory() <= limit.bytes  # else earlier jobs have filled it
 
-    def _start_worker(self) -> WorkerProcess:
-        process = self._process = self._backend.start_worker(self._backend.setup(self._spec))
+    async def _start_worker(self, setup: bytes) -> WorkerProcess:
+        for pause in _PAUSES_S:
+            try:
+                process = self._backend.start_worker(setup)
+                break
+            except OSError as exc:
+                if exc.errno not in _PASSING:
+                    raise
+            await anyio.sleep(pause)
+        else:
+            process = self._backend.start_worker(setup)
+        self._process = process
         self._call = None  # one that is under way was of a worker that is gone
         self._cannot_be_set_up = False
         return process
 
-    async def _run_on(self, process: WorkerProcess, batch: Batch) -> None:
-        sent = batch.take_all(self._backend.jobs_left(process))
+    async def _run_on(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         count = len(sent)
         frame = self._encode(batch, sent)
         process.output()  # what was printed between jobs belongs to none
@@ -161,13 +185,13 @@ class ProcessSlot(Slot):
             try:
                 items.append((job.id, Sealed(dumps(job.args, "the arguments"))))
             except PicklingFailed as exc:
-                self._fail(batch, {job.id: job}, JobError("exception", str(exc), type="PicklingError"))
+                self._fail(batch, {job.id: job}, Outcome(error=_unpicklable(exc)))
         return pickle.dumps(("jobs", items, batch.in_order, batch.hold_s), 5)
 
-    def _fail(self, batch: Batch, jobs: dict[str, Job], error: JobError) -> None:
+    def _fail(self, batch: Batch, jobs: dict[str, Job], outcome: Outcome) -> None:
         now = self._spec.clock()
         for job in list(jobs.values()):
-            batch.finish_sent(job, Outcome(error=error), now, now)
+            batch.finish_sent(job, outcome, now, now)
 
     async def _receive(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Wait for what the worker has to say; reply when it calls the storage."""
@@ -202,7 +226,9 @@ class ProcessSlot(Slot):
             case "broken":
                 self._cannot_be_set_up = True
                 error = JobError(*frame[1])
-                self._fail(batch, sent, error._replace(message=f"the worker could not be set up: {error.message}"))
+                error = error._replace(message=f"the worker could not be set up: {error.message}")
+                self._attach_output(process, sent.values())
+                self._fail(batch, sent, Outcome(error=error))
 
     async def _stop(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Ask the worker to stop, and kill it: at the latest after the grace."""
@@ -213,13 +239,17 @@ class ProcessSlot(Slot):
             await process.kill()  # the job to stop is not known to be the one that runs: asking could hit another
             return
         try:
-            process.signal(signal.SIGTERM)
+            process.ask_to_stop()
             with contextlib.suppress(Exception), anyio.move_on_after(self._spec.kill_grace):
                 while not sent.keys().isdisjoint(to_stop):
                     await self._receive(process, batch, to_stop)
         finally:
             await process.kill()
         self._attach_output(process, sent.values())
+
+
+def _unpicklable(exc: PicklingFailed) -> JobError:
+    return JobError("exception", str(exc), type="PicklingError")
 
 
 def _outcome(error: tuple[Any, ...] | None, value: Any) -> Outcome:
@@ -260,8 +290,9 @@ class ProcessBackend(Backend):
         self.is_far = memory_limit is None  # whose memory is it, else?
         self._function = function
         self._is_async = is_async(function)
+        self._initializer = initializer
         try:
-            self._initializer = None if initializer is None else dumps(initializer, "initializer")
+            dumps(initializer, "initializer")
         except PicklingFailed as exc:
             raise BadValueError(f"the initializer cannot be sent to a worker process: {exc}") from exc
         self._setup: bytes | None = None
@@ -270,12 +301,18 @@ class ProcessBackend(Backend):
     def slot(self, spec: RunSpec) -> Slot:
         return ProcessSlot(spec, self)
 
-    def jobs_left(self, process: WorkerProcess) -> int | None:
-        """Count the jobs that a worker may still run; None: any number."""
-        return None if self.max_jobs_per_worker is None else self.max_jobs_per_worker - process.jobs_done
+    def jobs_left(self, process: WorkerProcess | None) -> int | None:
+        """Count the jobs that a worker may still run, or a new one may (``None``); None: any number."""
+        if self.max_jobs_per_worker is None:
+            return None
+        return self.max_jobs_per_worker - (0 if process is None else process.jobs_done)
 
     def start_worker(self, setup: bytes) -> WorkerProcess:
-        """Start a worker process."""
+        """Start a worker process.
+
+        Raises:
+            OSError: it cannot be started.
+        """
         is_there = self._prepared and self._prepared[-1].setup is setup
         worker = self._prepared.pop() if is_there else WorkerProcess(setup, self._capture)
         self.workers.add(worker)
@@ -339,13 +376,18 @@ class ProcessBackend(Backend):
 
     def _make_setup(self, spec: RunSpec) -> bytes:
         retry_on = dumps(spec.retry_on, "retry_on") if spec.retry_on else None
+        program = dumps_together(
+            {
+                "the run-function": self._function,
+                "run_function_kwargs": spec.kwargs,
+                "the stopper": spec.stopper,
+                "the initializer": self._initializer,
+            }
+        )
         setup = Setup(
             path=[entry or WORKING_FOLDER for entry in sys.path],
             argv=list(sys.argv),
-            function=dumps(self._function, "the run-function"),
-            kwargs=dumps(spec.kwargs, "run_function_kwargs"),
-            stopper=dumps(spec.stopper, "the stopper"),
-            initializer=self._initializer,
+            program=program,
             origin=spec.origin,
             is_async=self._is_async,
             retry_on=retry_on,

@@ -6,10 +6,7 @@ import pickle
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import anyio
-import anyio.to_thread
-
-from paraval.loops import Event, Loop
+from paraval.loops import Event, Loop, call_in_thread
 from paraval.storage import Storage
 from paraval.worker.pickling import dumps
 
@@ -60,7 +57,7 @@ class StorageCall:
 
     async def _run(self) -> None:
         try:
-            self._reply = await anyio.to_thread.run_sync(self._answer, abandon_on_cancel=True)
+            self._reply = await call_in_thread(self._answer, abandon_on_cancel=True)
         finally:
             if self._ended is not None:
                 self._ended.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import queue
 import threading
@@ -17,6 +16,7 @@ from paraval.evaluator import Evaluator
 from paraval.job import Job, JobStatus
 from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome
+from paraval.worker.coroutines import CoroutineRunner
 
 __all__ = ["ThreadPoolEvaluator"]
 
@@ -92,8 +92,7 @@ class _JobThread(threading.Thread):
         self._spec = spec
         self._inbox = inbox
         self._hand_back = hand_back
-        self._runner: asyncio.Runner | None = None
-        self._task: asyncio.Task[Any] | None = None
+        self._runner: CoroutineRunner | None = None
 
     def run(self) -> None:
         try:
@@ -108,9 +107,8 @@ class _JobThread(threading.Thread):
 
     def cancel_coroutine(self) -> None:
         """Cancel the current job if it is a coroutine. Called from the engine's loop."""
-        runner, task = self._runner, self._task
-        if runner is not None and task is not None:
-            runner.get_loop().call_soon_threadsafe(task.cancel)
+        if self._runner is not None:
+            self._runner.cancel()
 
     def _outcome_of(self, job: Job) -> Outcome:
         spec = self._spec
@@ -127,18 +125,8 @@ class _JobThread(threading.Thread):
     def _complete(self, coroutine: Any, job: Job) -> Any:
         """Run a coroutine to its end on this thread's own loop."""
         if self._runner is None:
-            self._runner = asyncio.Runner()
-
-        async def watched() -> Any:
-            self._task = task = asyncio.current_task()
-            if job._status is JobStatus.CANCELLING and task is not None:
-                task.cancel()  # it was asked to stop before there was a task to tell
-            try:
-                return await coroutine
-            finally:
-                self._task = None
-
-        return self._runner.run(watched(), context=copy_context())
+            self._runner = CoroutineRunner()
+        return self._runner.run(coroutine, lambda: job._status is JobStatus.CANCELLING)
 
 
 def _nobody() -> None:

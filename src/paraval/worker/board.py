@@ -31,25 +31,45 @@ class Board:
     Args:
         path: of the file that another process made; None makes one.
 
+    Attributes:
+        path: of the file; empty: there is none.
+        lack: why there is no file that another process could open; None: there is one.
+
     Raises:
-        OSError: there is no such file here, or none can be made.
+        OSError: there is no such file here.
     """
 
-    _remove: weakref.finalize[[str, int], Board] | None
+    lack: OSError | None = None
+    _remove: weakref.finalize[[str, int], Board] | None = None
+    _memory: mmap.mmap | bytearray
 
     def __init__(self, path: str | None = None) -> None:
-        if path is None:
-            descriptor, path = tempfile.mkstemp(prefix="paraval-")
-            os.truncate(descriptor, _SIZE)
-            self._remove = weakref.finalize(self, _remove, path, os.getpid())
-        else:
-            self._remove = None
-            descriptor = os.open(path, os.O_RDWR)
+        self.path = ""
         try:
-            self._memory = mmap.mmap(descriptor, _SIZE)
-        finally:
+            descriptor = self._make() if path is None else os.open(path, os.O_RDWR)
+            try:
+                self._memory = mmap.mmap(descriptor, _SIZE)
+            finally:
+                os.close(descriptor)
+        except OSError as exc:
+            if path is not None:
+                raise
+            self.lack = exc  # no room, say
+            self._delete()
+            self._memory = bytearray(_SIZE)
+        else:
+            self.path = path or self.path
+
+    def _make(self) -> int:
+        descriptor, self.path = tempfile.mkstemp(prefix="paraval-")
+        self._remove = weakref.finalize(self, _remove, self.path, os.getpid())
+        try:
+            # Not by truncate: where the disk is full, the first touch of the memory would kill this process.
+            os.write(descriptor, bytes(_SIZE))
+        except OSError:
             os.close(descriptor)
-        self.path = path
+            raise
+        return descriptor
 
     # -- the worker's side ---------------------------------------------------------------------------------------------
 
@@ -84,7 +104,12 @@ class Board:
 
     def close(self) -> None:
         """Let go; the file goes with its maker."""
-        self._memory.close()
+        if isinstance(self._memory, mmap.mmap):
+            self._memory.close()
+        self._delete()
+
+    def _delete(self) -> None:
+        self.path = ""
         if self._remove is not None:
             self._remove()
 

@@ -22,15 +22,20 @@ from __future__ import annotations
 
 import _thread
 import faulthandler
+import io
 import math
 import os
 import pickle
 import signal
 import sys
 import time
-from collections import deque
-from typing import Any, Final, NamedTuple
 
+# The one in signal looks for an enum, which takes twenty times as long; typeshed leaves the C module out.
+from _signal import getsignal as _handler_of  # type: ignore[import-not-found]
+from collections import deque
+from typing import Any, Final, NamedTuple, NoReturn
+
+from paraval.errors import UsageError
 from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
@@ -39,6 +44,8 @@ __all__ = ["Sealed", "Setup", "main"]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
+_IONBF: Final = 2
+"""C's name for a stream without a buffer."""
 
 
 class Setup(NamedTuple):
@@ -47,24 +54,20 @@ class Setup(NamedTuple):
     Attributes:
         path: ``sys.path`` of the parent.
         argv: ``sys.argv`` of the parent.
-        function: the pickled run-function.
-        kwargs: its static keyword arguments, pickled.
-        stopper: pickled; copied for each job.
-        initializer: pickled function without arguments, called before the first job; or None.
+        program: four things, pickled together: the run-function; its static keyword arguments; the stopper, which is
+            copied for each job; a function without arguments to be called before the first job, or None.
         origin: where the evaluator's clock is zero, on the system's monotonic clock.
         is_async: whether calling the run-function gives a coroutine.
         retry_on: pickled tuple of exception types; or None.
-        is_captured: whether the parent reads what is printed, so that nothing may wait in a buffer for a crash.
+        is_captured: whether the parent reads what is printed, so that nothing may wait in a buffer: a crash would lose
+            it, and the next job have it.
         kill_grace: seconds between asking a job to stop and the strongest means.
         memory_limit: the bytes at which the parent kills this process; infinity for never.
     """
 
     path: list[str]
     argv: list[str]
-    function: bytes
-    kwargs: bytes
-    stopper: bytes
-    initializer: bytes | None
+    program: bytes
     origin: float
     is_async: bool
     retry_on: bytes | None
@@ -86,12 +89,17 @@ def main(socket_fd: int, lifeline_fd: int) -> None:
     os.set_inheritable(lifeline_fd, False)
     worker = Worker(socket_fd)
     # Ctrl-C is the driver's business. (A handler, not SIG_IGN, which programs that a job starts would inherit.)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, worker.ask_to_stop)
+    signal.signal(signal.SIGINT, _take_no_notice)
+    worker.handle_sigterm()
+    os.register_at_fork(after_in_child=worker.disown)
     try:
         worker.serve()
     finally:
         _flush_output()
+
+
+def _take_no_notice(_number: int, _frame: object) -> None:
+    """Handle a signal that means somebody else."""
 
 
 def _die_with_the_parent(lifeline: int) -> None:
@@ -104,9 +112,17 @@ def _die_with_the_parent(lifeline: int) -> None:
     import fcntl
 
     if hasattr(fcntl, "F_SETSIG"):
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+        watched = {lifeline: -os.getpgrp()}
+        # Itself, too, as a job may leave the group. Whom the kernel tells is a property of the open pipe: so once more.
+        try:
+            again = os.open(f"/proc/self/fd/{lifeline}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            watched[again] = os.getpid()
+        except OSError:  # there is no /proc
+            pass
+        for pipe, owner in watched.items():
+            fcntl.fcntl(pipe, fcntl.F_SETOWN, owner)
+            fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+            fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
         import select
 
         poll = select.poll()
@@ -144,7 +160,7 @@ class Worker:
         self._guard_runs = False
         self._live: Job | None = None
         self._runner: Any = None
-        self._task: Any = None
+        self._on_sigterm = self.ask_to_stop  # one object, to be known again
 
     def serve(self) -> None:
         """Set up, then run batches until the socket ends."""
@@ -171,11 +187,24 @@ class Worker:
 
     def ask_to_stop(self, _number: int, _frame: object) -> None:
         """React to SIGTERM: tell the job, whose ``stopped()`` turns true, or whose coroutine is cancelled."""
-        job, task = self._live, self._task
+        job, runner = self._live, self._runner
         if job is not None:
             job._status = JobStatus.CANCELLING
-        if task is not None:
-            self._runner.get_loop().call_soon_threadsafe(task.cancel)
+        if runner is not None:
+            runner.cancel()
+
+    def handle_sigterm(self) -> None:
+        """Have :meth:`ask_to_stop` react to SIGTERM, whatever a job has made of that."""
+        if self._runner is not None:
+            self._runner.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def disown(self) -> None:
+        """In a process that a job forked: signals do what they do in any process, unless the job has changed that."""
+        if signal.getsignal(signal.SIGTERM) is self._on_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is _take_no_notice:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
@@ -183,18 +212,15 @@ class Worker:
         sys.path[:] = setup.path
         sys.argv[:] = setup.argv
         if setup.is_captured:
-            for stream in (sys.stdout, sys.stderr):
-                stream.reconfigure(line_buffering=True)  # type: ignore[union-attr] # they are the interpreter's own
+            _unbuffer_output()
             faulthandler.enable()  # a crash shows where it was
         self._origin = setup.origin
         self._context = JobContext(origin=setup.origin, kill_grace=setup.kill_grace, memory_limit=setup.memory_limit)
         self._is_async = setup.is_async
-        self._function = pickle.loads(setup.function)  # noqa: S301 - from our own parent
-        self._kwargs = pickle.loads(setup.kwargs)  # noqa: S301 - likewise
-        self._stopper = pickle.loads(setup.stopper)  # noqa: S301 - likewise
+        self._function, self._kwargs, self._stopper, initializer = pickle.loads(setup.program)  # noqa: S301 - our parent's
         self._retry_on = pickle.loads(setup.retry_on) if setup.retry_on else ()  # noqa: S301 - likewise
-        if setup.initializer is not None:
-            pickle.loads(setup.initializer)()  # noqa: S301 - likewise
+        if initializer is not None:
+            initializer()
 
     def _run_batch(self, jobs: list[tuple[str, Any]], each: bool, hold_s: float) -> None:
         with self._state:
@@ -227,6 +253,8 @@ class Worker:
         try:
             if type(args) is Sealed:
                 args = pickle.loads(args.data)  # noqa: S301 - from our own parent
+            if _handler_of(signal.SIGTERM) is not self._on_sigterm:  # an earlier job, or the set-up, has changed it
+                self.handle_sigterm()
             job = Job(job_id, args, self._function)
             job.context = self._context
             job.storage = self._storage_client  # type: ignore[assignment] # made when the run-function asks for it
@@ -236,14 +264,14 @@ class Worker:
             if self._is_async:
                 value = self._complete(value, job)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
-            self._end_calls()
             if os.getpid() != self._pid:
-                os._exit(1)
+                exit_fork(exc)
+            self._end_calls()
             error = error_from_exception(exc)
             return (*error, isinstance(exc, self._retry_on)), None
-        self._end_calls()
         if os.getpid() != self._pid:
             os._exit(0)  # the job forked, and its child came back too: there is one worker on this socket
+        self._end_calls()
         if is_plain(value):
             return None, value
         try:
@@ -253,21 +281,11 @@ class Worker:
             return (*error, False), None
 
     def _complete(self, coroutine: Any, job: Job) -> Any:
-        import asyncio  # here: most workers never need it
-
         if self._runner is None:
-            self._runner = asyncio.Runner()
+            from paraval.worker.coroutines import CoroutineRunner  # here: most workers never need it
 
-        async def watched() -> Any:
-            self._task = task = asyncio.current_task()
-            if job._status is JobStatus.CANCELLING and task is not None:
-                task.cancel()  # it was asked to stop before there was a task to tell
-            try:
-                return await coroutine
-            finally:
-                self._task = None
-
-        return self._runner.run(watched())
+            self._runner = CoroutineRunner()
+        return self._runner.run(coroutine, lambda: job._status is JobStatus.CANCELLING)
 
     def _storage_client(self) -> Any:
         from paraval.storage.pipe import PipeStorage  # here: most jobs never ask for their storage
@@ -316,11 +334,17 @@ class Worker:
     # -- the socket ----------------------------------------------------------------------------------------------------
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Have the parent call a method of the storage; give what it returns or raise what it raises."""
+        """Have the parent call a method of the storage; give what it returns or raise what it raises.
+
+        Raises:
+            UsageError: it is called in another process than the worker, or when the job has ended.
+        """
+        if os.getpid() != self._pid:  # two processes on one socket would take each other's replies, and wait for ever
+            raise UsageError("a process that a job forked cannot reach its storage: record and store in the job itself")
         sealed = dumps(args, f"the arguments of {method}")
         with self._calling:
             if self._live is None:  # from now on the main thread reads from the socket
-                raise RuntimeError("the job has ended; a thread that it left behind cannot reach its storage")
+                raise UsageError("the job has ended; a thread that it left behind cannot reach its storage")
             self._send(("call", method, sealed))
             reply = self._receive()
         if reply is None:
@@ -356,6 +380,43 @@ class Worker:
 def _write(fd: int, view: memoryview) -> None:
     while view:
         view = view[os.write(fd, view) :]
+
+
+def exit_fork(exc: BaseException) -> NoReturn:
+    """End a process that a job forked and that comes back with an exception; with the exit code of ``sys.exit``."""
+    code = exc.code if isinstance(exc, SystemExit) else 1
+    if code is not None and not isinstance(code, int):
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    _flush_output()
+    os._exit((code or 0) & 0xFF)
+
+
+class _Unbuffered(io.TextIOWrapper):
+    """Text that is out when ``write`` returns; ``write_through`` would leave it in the buffer below."""
+
+    def write(self, text: str, /) -> int:
+        count = super().write(text)
+        self.flush()
+        return count
+
+
+def _unbuffer_output() -> None:
+    """Have all that is printed go out at once, also by C libraries, as the interpreter's own option ``-u`` does."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        stream.reconfigure(line_buffering=True)  # who has it already may go on with it
+        # A file object of its own, as in a worker of loky's the first was opened on what was another file then.
+        file = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 - open for the whole life
+        setattr(sys, name, _Unbuffered(file, encoding=stream.encoding, errors=stream.errors))
+    try:
+        import ctypes  # here: few workers need it
+
+        libc = ctypes.CDLL(None)
+        stdout = ctypes.c_void_p.in_dll(libc, "__stdoutp" if sys.platform == "darwin" else "stdout")
+        libc.setvbuf(stdout, None, _IONBF, 0)
+    except (ImportError, OSError, ValueError, AttributeError):  # a Python without it, or a C library of another kind
+        return
 
 
 def _flush_output() -> None:

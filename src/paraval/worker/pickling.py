@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 from typing import Any, Final
 
-__all__ = ["PicklingFailed", "dumps", "explain", "is_plain"]
+__all__ = ["PicklingFailed", "dumps", "dumps_together", "explain", "is_plain"]
 
 _PROTOCOL: Final = 5
 _PLAIN: Final = frozenset({int, float, str, bool, type(None)})
@@ -56,6 +56,23 @@ def dumps(value: Any, name: str) -> bytes:
     except BaseException as exc:  # users' code, which may even call sys.exit
         raise PicklingFailed(explain(value, name, exc)) from exc
     return bytes(data)
+
+
+def dumps_together(parts: dict[str, Any]) -> bytes:
+    """Pickle values as one tuple: what they share is shared where they arrive, the globals of ``__main__`` too.
+
+    Args:
+        parts: the values, by what they are called in the message.
+
+    Raises:
+        PicklingFailed: one cannot be pickled; the message names it.
+    """
+    try:
+        return dumps(tuple(parts.values()), "what is sent")
+    except PicklingFailed:
+        for name, part in parts.items():
+            dumps(part, name)
+        raise
 
 
 def explain(value: Any, name: str, exc: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.board import Board
-from paraval.worker.main import Sealed, _flush_output, main
+from paraval.worker.main import Sealed, _flush_output, exit_fork, main
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
 if TYPE_CHECKING:
@@ -280,6 +280,8 @@ class _Call:
             if loaded.is_async:
                 value = self._complete(value, job)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
+            if os.getpid() != pid:
+                exit_fork(exc)
             error = (*error_from_exception(exc), isinstance(exc, loaded.retry_on))
         finished = time.monotonic()
         if os.getpid() != pid:
@@ -298,8 +300,10 @@ class _Call:
         """Run a coroutine to its end; cancel it when the driver asks to stop."""
         import asyncio  # here: most workers never need it
 
+        from paraval.worker.coroutines import CoroutineRunner
+
         if self._runner is None:
-            self._runner = asyncio.Runner()
+            self._runner = CoroutineRunner()
 
         async def watched() -> Any:
             watch = asyncio.ensure_future(_cancel_when_asked(job, asyncio.current_task()))
@@ -308,7 +312,7 @@ class _Call:
             finally:
                 watch.cancel()
 
-        return self._runner.run(watched())
+        return self._runner.run(watched(), lambda: False)
 
 
 async def _cancel_when_asked(job: _LiveJob, task: Any) -> None:

@@ -1,0 +1,367 @@
+"""The driver's side of a worker process: one that cannot be started, is reaped by others, is flooded, or moves away."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+import runfunctions
+from paraval import Evaluator, Job, RunningJob
+from paraval.backends import child
+from paraval.backends.base import Backend, Batch, RunSpec, Slot
+from paraval.backends.child import WorkerProcess
+from paraval.backends.serial import SerialEvaluator
+from runfunctions import Flags, async_double, double
+from support import configurations, soon, until
+from workers import Driver, errors, is_alive, no_process_left_behind, open_files, timed_out
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
+    pytest.mark.filterwarnings("error"),
+]
+
+needs_loky = pytest.mark.skipif(importlib.util.find_spec("loky") is None, reason="no loky")
+needs_trio = pytest.mark.skipif(importlib.util.find_spec("trio") is None, reason="no trio")
+both_methods = pytest.mark.parametrize("method", ["process", pytest.param("loky", marks=needs_loky)])
+
+
+@pytest.fixture(autouse=True)
+def processes() -> Iterator[None]:
+    yield from no_process_left_behind()
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> Flags:
+    return Flags(tmp_path)
+
+
+def make(function: Callable[..., Any], method: str = "process", **kwargs: Any) -> Evaluator:
+    return Evaluator.create(function, method, kwargs)
+
+
+def failures(jobs: list[Job]) -> list[tuple[str, str]]:
+    return [(job.error.kind, job.error.message) for job in jobs if job.error is not None]
+
+
+# -- a worker that cannot be started -----------------------------------------------------------------------------------
+
+
+def dies_on_odd(job: RunningJob) -> Any:
+    if job["x"] % 2:
+        os._exit(runfunctions.EXIT_CODE)
+    return job["x"]
+
+
+@pytest.mark.parametrize("interpreter", ["/gone/bin/python", None, "/dev/null"])
+def test_jobs_whose_worker_cannot_be_started_fail(monkeypatch: pytest.MonkeyPatch, interpreter: str | None) -> None:
+    with make(double, num_workers=2, job_timeout=5.0) as evaluator:
+        before = open_files()
+        monkeypatch.setattr(sys, "executable", interpreter)
+        evaluator.submit(configurations(100))
+        jobs = evaluator.gather("ALL")
+        left = len(failures(jobs))
+        assert left >= 98  # workers may have been prepared before
+        for kind, message in failures(jobs):
+            assert kind == "worker_died"
+            assert message.startswith("a worker process could not be started: ")
+            assert str(interpreter) in message or interpreter is None
+        monkeypatch.undo()
+        assert evaluator.evaluate({"x": 2}).output == 4
+    assert len(open_files()) <= len(before)
+
+
+def test_each_attempt_at_a_job_tries_to_start_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/gone/bin/python")
+    with make(double, max_attempts=3) as evaluator:
+        error = evaluator.evaluate({"x": 1}).error
+    assert error is not None
+    assert (error.kind, error.attempts, len(error.history)) == ("worker_died", 3, 2)
+
+
+def test_a_call_in_a_process_that_cannot_be_started_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(double, "thread", profile=True) as evaluator:
+        monkeypatch.setattr(sys, "executable", "/gone/bin/python")
+        error = evaluator.evaluate({"x": 1}).error
+    assert error is not None
+    assert error.kind == "worker_died"
+    assert "could not be started" in error.message
+    assert "/gone/bin/python" in error.message
+
+
+@contextlib.contextmanager
+def no_more_files() -> Iterator[None]:
+    """Have the system refuse to open any more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_the_system_refuses_for_long_is_told(flags: Flags) -> None:
+    with make(dies_on_odd, capture_output=True) as evaluator:
+        assert evaluator.evaluate({"x": 0}).output == 0
+        evaluator.evaluate({"x": 1})
+        before = open_files()
+        with no_more_files():
+            job = evaluator.evaluate({"x": 2})
+        assert open_files() == before
+        assert [(kind, "Too many open files" in message) for kind, message in failures([job])] == [
+            ("worker_died", True)
+        ]
+        assert evaluator.evaluate({"x": 4}).output == 4
+
+
+def test_what_the_system_refuses_for_a_moment_is_tried_again() -> None:
+    with make(dies_on_odd) as evaluator:
+        assert evaluator.evaluate({"x": 0}).output == 0
+        evaluator.evaluate({"x": 1})
+        with no_more_files():
+            evaluator.submit([{"x": 2}])
+            until(lambda: evaluator.statistics().running == 1)
+        (job,) = evaluator.gather("ALL")
+        assert (job.output, errors([job])) == (2, [])
+
+
+class _NoSlot(Slot):
+    async def run(self, batch: Batch) -> None:
+        raise OSError("there is no slot")
+
+
+class _NoBackend(Backend):
+    cancellation = "cancel"
+
+    def slot(self, spec: RunSpec) -> Slot:
+        return _NoSlot()
+
+
+class _Slotless(SerialEvaluator):
+    def _make_backend(self) -> Backend:
+        return _NoBackend()
+
+
+def test_jobs_whose_slot_fails_before_it_takes_them_fail() -> None:
+    with _Slotless(async_double, num_workers=2) as evaluator:
+        evaluator.submit(configurations(10))
+        jobs = evaluator.gather("ALL")
+    assert failures(jobs) == [("worker_died", "there is no slot")] * 10
+
+
+# -- others that reap --------------------------------------------------------------------------------------------------
+
+REAPERS = {
+    "handler": """
+import os, signal
+def reap(*_):
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+signal.signal(signal.SIGCHLD, reap)
+""",
+    "ignored": """
+import signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+""",
+}
+
+JOBS = """
+import os, time
+from paraval import Evaluator
+
+def job(job):
+    if job["x"] == 3:
+        flags.put("sleeper", start_sleeper())
+        os._exit(3)
+    if job["x"] == 4:
+        time.sleep(60)
+    if job["x"] == 5:
+        flags.wait("the idle one is gone")
+    return os.getpid()
+
+with Evaluator.create(job, "process", {"num_workers": 2, "job_timeout": 0.5, "kill_grace": 0.1}) as evaluator:
+    evaluator.submit([{"x": x} for x in range(5)])
+    jobs = {job.args["x"]: job for job in evaluator.gather("ALL")}
+    assert [job.error for x, job in jobs.items() if x < 3] == [None] * 3, jobs
+    assert jobs[4].error.kind == "timeout", jobs[4].error
+    flags.put("error", jobs[3].error.summary)
+
+with Evaluator.create(job, "process", {"num_workers": 2}) as evaluator:
+    evaluator.submit([{"x": 5}, {"x": 0}])
+    (first,) = evaluator.gather("BATCH", 1)
+    os.kill(first.output, 9)
+    time.sleep(0.6)  # for longer than two looks after the workers
+    flags.put("the idle one is gone")
+    jobs = [*evaluator.gather("ALL"), evaluator.evaluate({"x": 0})]
+    assert [job.error for job in jobs] == [None] * 2, [job.error for job in jobs]
+"""
+
+
+@pytest.mark.parametrize("reaper", list(REAPERS))
+def test_children_that_others_reap(reaper: str, tmp_path: Path) -> None:
+    with Driver(REAPERS[reaper] + JOBS, tmp_path) as driver:
+        error, sleeper = driver.wait_for("error", "sleeper")
+        assert driver.wait() == 0, driver.output
+        until(lambda: not is_alive(int(sleeper)))
+        driver.everybody_is_gone(5.0)
+    assert "Traceback" not in driver.output
+    lost = "worker_died: the worker process ended (its exit code was taken by another part of the program)"
+    told = "worker_died: the worker process ended with exit code 3"
+    assert error.removesuffix(" while it ran the job") in ([lost] if reaper == "ignored" else [lost, told])
+
+
+def test_a_number_that_others_have_freed_is_not_signalled() -> None:
+    """A process that got a worker's number, and has a group of its own, is spared."""
+    newest = Path("/proc/sys/kernel/ns_last_pid")
+    if not os.access(newest, os.W_OK):
+        pytest.skip("may not choose the number of a process")
+    worker = WorkerProcess(b"")
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitpid(worker.pid, 0)
+    newest.write_text(str(worker.pid - 1), encoding="ascii")
+    with subprocess.Popen(["sleep", "60"], process_group=0) as other:
+        try:
+            if other.pid != worker.pid:
+                pytest.skip("another process was faster")
+            # It is a child of this process, so waiting for it would take it for the worker: let that be known before.
+            worker._popen._note_taken()
+            anyio.run(worker.kill)
+            worker.signal(signal.SIGKILL)
+            assert other.poll() is None
+        finally:
+            anyio.run(worker.kill)
+            other.kill()
+
+
+def test_a_worker_that_is_slow_to_die_is_reaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it takes its time is brought about by a driver that has none; what is left behind fails the test."""
+    monkeypatch.setattr(child, "_REAP_S", -1)
+    with make(double) as evaluator:
+        assert evaluator.evaluate({"x": 1}).output == 2
+
+
+# -- a flood in both directions ----------------------------------------------------------------------------------------
+
+
+def length(job: RunningJob) -> int:
+    return len(job["data"])
+
+
+def prints_much() -> None:
+    print("x" * 200_000)
+
+
+FLOOD = {"capture_output": True, "initializer": prints_much, "job_timeout": 10.0}
+
+
+@both_methods
+def test_a_worker_that_prints_much_while_it_is_set_up_gets_large_arguments(method: str) -> None:
+    with make(length, method, **FLOOD) as evaluator:
+        evaluator.timeout = 15
+        job = evaluator.evaluate({"data": bytes(1_000_000)})
+    assert (job.output, errors([job])) == (1_000_000, [])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio", pytest.param("trio", marks=needs_trio)])
+@both_methods
+async def test_likewise_on_every_loop(method: str) -> None:
+    async with make(length, method, **FLOOD) as evaluator:
+        evaluator.timeout = 15
+        job = await soon(evaluator.evaluate_async({"data": bytes(1_000_000)}))
+    assert (job.output, errors([job])) == (1_000_000, [])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio", pytest.param("trio", marks=needs_trio)])
+async def test_a_worker_that_dies_before_it_has_read_its_arguments() -> None:
+    def stops() -> None:
+        os._exit(runfunctions.EXIT_CODE)
+
+    async with make(length, initializer=stops) as evaluator:
+        job = await soon(evaluator.evaluate_async({"data": bytes(10_000_000)}))
+    assert job.error is not None
+    assert (job.error.kind, job.error.exit_code) == ("worker_died", 7)
+
+
+# -- processes that have left the worker's group -----------------------------------------------------------------------
+
+
+@both_methods
+def test_a_worker_that_has_left_its_group_is_killed_with_what_it_left_there(method: str, flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        if job["x"]:
+            return job["x"]
+        flags.put("sleeper", runfunctions.start_sleeper())
+        os.setpgid(0, os.getpgid(os.getppid()))
+        runfunctions.ignore_requests()
+        flags.put("worker", os.getpid())
+        while True:
+            pass
+
+    with make(function, method, job_timeout=0.5, kill_grace=0.1) as evaluator:
+        assert timed_out(evaluator.evaluate({"x": 0}))
+        assert evaluator.evaluate({"x": 1}).output == 1
+        for name in ("worker", "sleeper"):
+            pid = int(flags.text(name))
+            until(lambda pid=pid: not is_alive(pid))  # type: ignore[misc] # mypy does not see the default
+
+
+STRAYS = {
+    "own-group": ["timeout", "60", "sleep", "60"],
+    "job-control": ["bash", "-c", "set -m; sleep 60 & wait"],
+    "session": ["setsid", "--wait", "bash", "-c", "sleep 60 & wait"],
+}
+
+
+def descendants(pid: int) -> list[int]:
+    found = [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    return [*found, *(further for one in found for further in descendants(one))]
+
+
+@both_methods
+def test_what_a_job_started_outside_its_group_is_killed_with_it(method: str, flags: Flags) -> None:
+    def function(job: RunningJob) -> None:
+        flags.put("worker", os.getpid())
+        programs = [subprocess.Popen(command) for command in STRAYS.values()]
+        for program in programs:
+            program.wait()
+
+    with make(function, method, job_timeout=1.5, kill_grace=0.1) as evaluator:
+        evaluator.submit([{"x": 0}])
+        (worker,) = flags.wait("worker")
+        until(lambda: len(descendants(int(worker))) >= 2 * len(STRAYS))
+        strays = descendants(int(worker))
+        assert timed_out(evaluator.gather("ALL")[0])
+        until(lambda: not any(map(is_alive, strays)))
+
+
+def test_likewise_when_it_takes_too_much_memory(flags: Flags) -> None:
+    def function(job: RunningJob) -> None:
+        flags.put("stray", subprocess.Popen(["sleep", "60"], start_new_session=True).pid)
+        memory = []
+        while True:
+            memory.append(b"x" * 1_000_000)
+            time.sleep(0.001)
+
+    with make(function, memory_limit=150_000_000) as evaluator:
+        error = evaluator.evaluate({"x": 0}).error
+    assert error is not None
+    assert error.kind == "memory_limit_exceeded"
+    until(lambda: not is_alive(int(flags.text("stray"))))

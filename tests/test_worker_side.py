@@ -1,0 +1,380 @@
+"""What a job leaves in its worker, and what it may do there: signals, forks, output, an event loop, globals."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paraval import Evaluator, Job, ParavalError, RunningJob
+from support import outputs
+from workers import errors, no_process_left_behind
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
+    pytest.mark.filterwarnings("error"),
+]
+
+IN_PROCESSES = ["process", "loky"]
+ASYNC_CAPABLE = ["process", "thread", "executor"]
+
+
+@pytest.fixture(autouse=True)
+def processes() -> Iterator[None]:
+    yield from no_process_left_behind()
+
+
+def make(function: Callable[..., Any], method: str = "process", **kwargs: Any) -> Evaluator:
+    if method == "executor":
+        kwargs["executor"] = lambda: ProcessPoolExecutor(1, mp_context=get_context("forkserver"))
+    return Evaluator.create(function, method, kwargs)
+
+
+def run(function: Callable[..., Any], args_list: list[dict[str, Any]], method: str = "process", **kwargs: Any) -> Any:
+    """Run jobs one after the other, in one worker; give them in the order of submission."""
+    with make(function, method, num_workers=1, **kwargs) as evaluator:
+        evaluator.submit(args_list)
+        evaluator.gather("ALL")
+        return evaluator.jobs
+
+
+def result(function: Callable[..., Any], method: str = "process", **kwargs: Any) -> Any:
+    [job] = run(function, [{}], method, **kwargs)
+    assert errors([job]) == []
+    return job.output
+
+
+def exit_code_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# -- processes that a job forks ----------------------------------------------------------------------------------------
+
+
+def forked_and_signalled(number: int) -> int:
+    """Fork a process, send it a signal, give its exit code: 7, where it takes no notice."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writer, b"!")
+            time.sleep(3)
+            os._exit(7)
+        except KeyboardInterrupt:
+            os._exit(8)
+    os.read(reader, 1)
+    os.kill(pid, number)
+    os.close(reader)
+    os.close(writer)
+    return exit_code_of(pid)
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_signals_do_their_part_in_a_process_that_a_job_forks(method: str) -> None:
+    def function(job: RunningJob) -> list[int]:
+        return [forked_and_signalled(signal.SIGTERM), forked_and_signalled(signal.SIGINT)]
+
+    assert result(function, method) == [-signal.SIGTERM, 8]
+
+
+def test_signals_do_their_part_in_a_process_forked_by_a_thread_of_a_job() -> None:
+    def function(job: RunningJob) -> list[int]:
+        codes: list[int] = []
+        thread = threading.Thread(target=lambda: codes.append(forked_and_signalled(signal.SIGTERM)))
+        thread.start()
+        thread.join()
+        return codes
+
+    assert result(function) == [-signal.SIGTERM]
+
+
+def test_a_forked_process_keeps_the_handler_that_the_job_has_set() -> None:
+    def function(job: RunningJob) -> int:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
+        return forked_and_signalled(signal.SIGTERM)
+
+    assert result(function) == 9
+
+
+@pytest.mark.parametrize("method", [*IN_PROCESSES, "executor"])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_forked_process_that_comes_back_ends_with_its_own_exit_code(method: str, is_async: bool) -> None:
+    ends: list[Callable[[], object]] = [
+        lambda: None,
+        sys.exit,
+        lambda: sys.exit(0),
+        lambda: sys.exit(3),
+        lambda: sys.exit("a message"),
+        lambda: 1 / 0,
+    ]
+
+    def function(job: RunningJob) -> Any:
+        pid = os.fork()
+        return exit_code_of(pid) if pid else ends[job["x"]]()
+
+    async def async_function(job: RunningJob) -> Any:
+        return function(job)
+
+    jobs = run(async_function if is_async else function, [{"x": x} for x in range(len(ends))], method)
+    assert errors(jobs) == []
+    assert [job.output for job in jobs] == [0, 0, 0, 3, 1, 1]
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_a_forked_process_is_told_that_it_cannot_reach_the_storage(method: str) -> None:
+    def function(job: RunningJob) -> str:
+        reader, writer = os.pipe()
+        job.record(1, 0.5)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                job.record(2, 0.5)
+            except ParavalError as exc:
+                os.write(writer, f"{isinstance(exc, RuntimeError)}: {exc}".encode())
+            os._exit(0)
+        os.close(writer)
+        exit_code_of(pid)
+        with os.fdopen(reader) as pipe:
+            told = pipe.read()
+        job.record(3, 0.25)
+        return told
+
+    [job] = run(function, [{}], method)
+    assert errors([job]) == []
+    assert job.output == (
+        "True: a process that a job forked cannot reach its storage: record and store in the job itself"
+    )
+    assert job.storage is not None
+    assert job.storage.load_job(job.id)["intermediate"] == {"budget": [1, 3], "objective": [0.5, 0.25]}
+
+
+# -- SIGTERM -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_what_one_job_does_with_sigterm_is_not_left_to_the_next(method: str) -> None:
+    def function(job: RunningJob) -> str:
+        if job["x"] == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            return "done"
+        while not job.stopped():
+            time.sleep(0.005)
+        return "saved"
+
+    first, second = run(function, [{"x": 0}, {"x": 1}], method, job_timeout=0.5, kill_grace=5)
+    assert first.output == "done"
+    assert second.metadata["returned"] == "saved"
+
+
+def test_what_one_coroutine_does_with_sigterm_is_not_left_to_the_next() -> None:
+    struck: list[int] = []
+
+    async def function(job: RunningJob) -> Any:
+        if job["x"] == 0:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, struck.append, 1)
+            return "done"
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.05)  # for the loop to hear of the signal too
+            return ["saved", *struck]
+
+    first, second = run(function, [{"x": 0}, {"x": 1}], job_timeout=0.5, kill_grace=5)
+    assert first.output == "done"
+    assert second.metadata["returned"] == ["saved"]
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the worker's interpreter buffer what it prints, as it does unless it is told otherwise."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
+@pytest.mark.usefixtures("buffered")
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_what_c_libraries_print_is_with_the_job_that_printed_it(method: str) -> None:
+    def function(job: RunningJob) -> None:
+        sys.stdout.write("Python,")
+        ctypes.CDLL(None).printf(b"C of job %d,", ctypes.c_int(job["x"]))
+        sys.stdout.write("Python")
+        if job["x"] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    jobs = run(function, [{"x": x} for x in range(3)], method, capture_output=True)
+    assert [job.stdout for job in jobs] == [f"Python,C of job {x},Python" for x in range(3)]
+
+
+@pytest.mark.usefixtures("buffered")
+@pytest.mark.parametrize("stream", ["stdout", "stderr", "__stdout__"])
+def test_a_line_that_has_not_ended_survives_a_crash(stream: str) -> None:
+    def function(job: RunningJob) -> None:
+        print("epoch 1 ", end="" if stream != "__stdout__" else "\n", file=getattr(sys, stream))
+        os._exit(1)
+
+    [job] = run(function, [{}], capture_output=True)
+    assert (job.stdout + job.stderr).strip() == "epoch 1"
+
+
+# -- event loops -------------------------------------------------------------------------------------------------------
+
+
+async def exit_later() -> None:
+    await asyncio.sleep(0.02)
+    sys.exit("from an earlier job")
+
+
+async def exit_when_cancelled() -> None:
+    try:
+        await asyncio.sleep(30)
+    finally:
+        sys.exit("from an earlier job")
+
+
+async def leave_another() -> None:
+    try:
+        await asyncio.sleep(30)
+    finally:
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().left = [asyncio.create_task(exit_later())]  # type: ignore[attr-defined] # any object
+
+
+def leave_behind(what: str) -> object:
+    loop = asyncio.get_running_loop()
+    match what:
+        case "task that exits":
+            return asyncio.create_task(exit_later())
+        case "task that exits when it is cancelled":
+            return [asyncio.create_task(exit_when_cancelled()) for _ in range(2)]
+        case "task that leaves another":
+            return asyncio.create_task(leave_another())
+        case "stop":
+            return loop.call_later(0.02, loop.stop)
+        case "immediate stop":
+            return loop.call_soon(loop.stop)
+    raise AssertionError(what)
+
+
+@pytest.mark.parametrize("method", ASYNC_CAPABLE)
+@pytest.mark.parametrize(
+    "what",
+    [
+        "task that exits", "task that exits when it is cancelled", "task that leaves another", "stop", "immediate stop",
+    ],
+)  # fmt: skip
+def test_what_a_coroutine_leaves_on_the_loop_does_not_strike_the_next(method: str, what: str) -> None:
+    async def function(job: RunningJob) -> int:
+        if job["x"] == 0:
+            job_left.append(leave_behind(what))
+            await asyncio.sleep(0)
+        else:
+            await asyncio.sleep(0.06)
+        return int(job["x"])
+
+    job_left: list[object] = []
+    # Three at a time, as an executor's worker has a loop for each call.
+    jobs = run(function, [{"x": x} for x in range(3)], method, batching=3)
+    assert errors(jobs) == []
+    assert [job.output for job in jobs] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["process", "thread"])
+def test_tasks_that_a_coroutine_leaves_are_cancelled_before_the_next_begins(method: str) -> None:
+    events: list[str] = []
+
+    async def linger() -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            await asyncio.sleep(0.01)
+            events.append("ended")
+
+    async def function(job: RunningJob) -> list[str]:
+        events.append("began")
+        task = asyncio.create_task(linger())
+        await asyncio.sleep(0)
+        assert not task.done()
+        return list(events)
+
+    jobs = run(function, [{}, {}], method)
+    assert outputs(jobs) == [["began"], ["began", "ended", "began"]]
+
+
+@pytest.mark.parametrize("method", ["process", "thread"])
+def test_a_coroutine_still_fails_by_the_exit_of_a_task_of_its_own(method: str) -> None:
+    async def function(job: RunningJob) -> str:
+        if job["x"] == 0:
+            await asyncio.gather(exit_later(), asyncio.sleep(30))
+        return "good"
+
+    first, second = run(function, [{"x": 0}, {"x": 1}], method)
+    assert first.error is not None
+    assert first.error.type == "SystemExit"
+    assert second.output == "good"
+
+
+# -- globals -----------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+from paraval import Evaluator
+
+model = None
+calls = []
+
+def load():
+    global model
+    model = "loaded"
+
+def count():
+    calls.append(1)
+
+def run(job, hook):
+    hook()
+    return model, len(calls)
+
+for method in ("process", "loky"):
+    kwargs = {"initializer": load, "run_function_kwargs": {"hook": count}}
+    with Evaluator.create(run, method, kwargs) as evaluator:
+        print(evaluator.evaluate({}).output, evaluator.evaluate({}).output)
+"""
+
+
+def test_what_a_script_sends_shares_its_globals(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=40, check=False)
+    assert done.stdout.splitlines() == ["('loaded', 1) ('loaded', 2)"] * 2, done.stderr
+
+
+def test_the_part_that_cannot_be_sent_is_named() -> None:
+    lock = threading.Lock()
+
+    def locked() -> object:
+        return lock
+
+    def function(job: RunningJob, **_: Any) -> None:
+        """Do nothing."""
+
+    with pytest.raises(ValueError, match=r"the initializer cannot be sent .*'lock'"):
+        make(function, initializer=locked)
+    with pytest.raises(ValueError, match=r"run_function_kwargs\['held'\] cannot be pickled"):
+        make(function, run_function_kwargs={"held": lock})
+    with pytest.raises(ValueError, match=r"the run-function \(its variable 'lock'\) cannot be pickled"):
+        make(lambda job: lock)
+    jobs: list[Job] = run(function, [{}], run_function_kwargs={"held": [function]})
+    assert errors(jobs) == []

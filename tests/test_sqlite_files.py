@@ -157,6 +157,11 @@ def dangling_symlink(path: Path) -> None:
     path.symlink_to("nowhere.db")
 
 
+def hard_link(path: Path) -> None:
+    fill(path.with_name("real.db"))
+    path.hardlink_to(path.with_name("real.db"))
+
+
 def foreign_database(path: Path) -> None:
     raw(path, "CREATE TABLE stamps (id INTEGER)", "CREATE TABLE jobs (id INTEGER)")
 
@@ -166,6 +171,7 @@ def foreign_database(path: Path) -> None:
     [
         (symlink, "is a symbolic link; a store is opened by its own path .*real.db"),
         (dangling_symlink, "is a symbolic link"),
+        (hard_link, r"has 2 names \(hard links\)"),
         (Path.mkdir, "is a folder; give the path of a file in it"),
         (os.mkfifo, "is no regular file"),
         (lambda path: path.write_text("time,objective\n1,2\n"), r"is no SQLite database.*begins with b'time,objective"),

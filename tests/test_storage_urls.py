@@ -93,7 +93,10 @@ def test_the_path_of_a_sqlite_url_is_as_it_is_written(url: str, path: str) -> No
     assert sqlite_path("redis://host") is None
 
 
-@pytest.mark.parametrize("url", ["redis://localhost:1/0", "valkey://localhost:1/0", "rediss://localhost:1", "unix:///nowhere/redis.sock?db=0"])
+@pytest.mark.parametrize(
+    "url",
+    ["redis://localhost:1/0", "valkey://localhost:1/0", "rediss://localhost:1", "unix:///nowhere/redis.sock?db=0"],
+)
 def test_redis_urls(url: str) -> None:
     pytest.importorskip("redis", reason="redis is not installed (extra 'redis')")
     from paraval.storage import RedisStorage

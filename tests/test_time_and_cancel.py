@@ -646,3 +646,23 @@ def test_blocking_coroutines_do_not_outlive_the_budget_together() -> None:
         started = [job for job in jobs if job.timing.started is not None]
         assert len(started) < 60
         assert all(job.status is JobStatus.CANCELLED for job in jobs if job.args["x"] > 60)
+
+
+def test_what_waits_behind_a_job_in_a_batch_ends_with_the_budget() -> None:
+    """It is not given back to the queue, where it would begin after all."""
+    begun: list[int] = []
+    running = Latch()
+
+    def function(job: RunningJob) -> None:
+        begun.append(job["x"])
+        running.open()
+        while not job.stopped():
+            time.sleep(0.001)
+
+    with make("thread", function, num_workers=2, batching=4) as evaluator:
+        evaluator.submit(configurations(12))
+        running.wait()
+        evaluator.timeout = 0.001
+        assert {job.error.kind for job in evaluator.gather("ALL") if job.error} == {"timeout"}
+        assert all(job.status is JobStatus.CANCELLED for job in evaluator.jobs)
+    assert len(begun) <= 2

@@ -13,7 +13,7 @@ pytest.importorskip("click", reason="the command line needs the extra 'cli'")
 pytest.importorskip("rich", reason="the command line needs the extra 'cli'")
 
 from commandline import CommandLine, wait_until
-from paraval.cli.run import _without_secrets
+from paraval.storage.urls import without_secrets
 
 FUNCTIONS = """
 import pathlib, time
@@ -26,15 +26,32 @@ def run(job):
         raise ValueError("three")
     return float(job["x"])
 """
-ENTRY_POINTS = "[paraval.storages]\nfailing = failing:FailingStorage\n"
+ENTRY_POINTS = """[paraval.storages]
+failing = failing:FailingStorage
+closed = failing:open_closed
+broken = failing:BrokenStorage
+refused = failing:refuse
+"""
 FAILING = """
 from paraval.errors import StorageError
 from paraval.storage import MemoryStorage
 class FailingStorage(MemoryStorage):
     def __init__(self, url):
         super().__init__()
+        self.url = url
     def insert(self, search_id, records):
-        raise StorageError("the disk is on fire")
+        raise StorageError(f"the disk of {self.url} is on fire")
+class BrokenStorage(MemoryStorage):
+    def __init__(self, url):
+        super().__init__()
+        self.url = url
+        self.new_search()
+    def scan(self, search_id, since=None):
+        raise RuntimeError(f"no answer from {self.url}\\nat all")
+def refuse(url):
+    raise StorageError(f"the storage {url} cannot be had: {url.rpartition(':')[2]} is wrong")
+def open_closed(url):
+    raise ConnectionError(f"{url} is closed to {url.rpartition(':')[2]}")
 """
 
 
@@ -110,17 +127,44 @@ def test_without_resume_a_search_is_not_touched(command_line: CommandLine) -> No
     assert done.stderr.count("\n") == 1
 
 
-def test_a_storage_that_fails_is_one_line(command_line: CommandLine) -> None:
+def install_failing(command_line: CommandLine) -> None:
     command_line.write("failing.py", FAILING)
     metadata = command_line.directory / "failing-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
-    done = command_line.run(*RUN[:-1], "failing:", "-q")
+
+
+def test_a_storage_that_fails_is_one_line(command_line: CommandLine) -> None:
+    install_failing(command_line)
+    done = command_line.run(*RUN[:-1], "failing:me:hidden", "-q")
     assert done.returncode == 1
-    assert done.stderr == "paraval: error: the disk is on fire\n"
-    assert re.search(r"ended early +the disk is on fire\n", done.stdout)
+    assert done.stderr == "paraval: error: the disk of failing:… is on fire\n"
+    assert re.search(r"ended early +the disk of failing:… is on fire\n", done.stdout)
+    assert "hidden" not in done.stdout
     assert ran(command_line) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["jobs"], ["searches"], ["export"], [*RUN[:-2], "--resume", "--search", "0", "--storage"]],
+    ids=lambda args: args[0],
+)
+def test_the_error_of_another_packages_storage_is_one_line_without_secrets(
+    command_line: CommandLine, args: list[str]
+) -> None:
+    install_failing(command_line)
+    for url, said in (
+        ("closed:me:hidden", "the storage closed:… cannot be opened: ConnectionError: closed:… is closed to …"),
+        ("refused:me:hidden", "the storage refused:… cannot be had: … is wrong"),
+        ("broken:me:hidden", "RuntimeError: no answer from broken:…; at all"),
+    ):
+        done = command_line.run(*args, url)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"paraval: error: the storage {url.partition(':')[0]}:… cannot be ")
+        assert said in done.stderr
+        assert "hidden" not in done.stderr
 
 
 def test_a_file_that_is_no_database(command_line: CommandLine) -> None:
@@ -134,6 +178,17 @@ def test_a_file_that_is_no_database(command_line: CommandLine) -> None:
     assert ran(command_line) == []
 
 
+@pytest.mark.parametrize("output", ["c.db", "c.db-journal", "here/c.db-wal", "./c.db-shm"])
+def test_no_file_of_the_storage_is_the_output(command_line: CommandLine, output: str) -> None:
+    (command_line.directory / "here").symlink_to(".")
+    done = command_line.run(*RUN, "--output", output)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"paraval: error: --output {output} is the file of --storage: name another file for the results\n"
+    )
+    assert not list(command_line.directory.glob("c.db*"))
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
@@ -141,10 +196,22 @@ def test_a_file_that_is_no_database(command_line: CommandLine) -> None:
         ("rediss://host/1?password=hidden", "rediss://host/1"),
         ("unix://:hid@den@/run/redis.sock?password=hidden", "unix:///run/redis.sock"),
         ("memory:", "memory:"),
+        ("my:name:hidden", "my:…"),
+        ("my://hidden/hidden", "my:…"),
+        ("sqlite:///:hidden@h/x", "sqlite:///…@h/x"),
     ],
 )
 def test_a_password_is_not_shown(url: str, shown: str) -> None:
-    assert _without_secrets(url) == shown
+    assert without_secrets(url) == shown
+
+
+@pytest.mark.parametrize("args", [["jobs"], RUN[:-1]], ids=lambda args: args[0])
+def test_what_was_meant_for_a_server_is_not_shown_as_a_path(command_line: CommandLine, args: list[str]) -> None:
+    done = command_line.run(*args, "sqlite:///:hidden@host/x")
+    assert done.returncode == 2
+    assert "…@host" in done.stderr
+    assert "hidden" not in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_password_is_not_in_an_error_either(command_line: CommandLine) -> None:

@@ -219,6 +219,48 @@ def test_parquet_takes_columns_of_any_kind() -> None:
     assert columns["objective"] == [math.inf, -math.inf, 1.0]
 
 
+def test_what_is_stored_under_names_of_ours_is_exported_under_another() -> None:
+    metadata = {"error": "theirs", "error_": "also theirs"}
+    extra = {"job_id": "hijack", "parameters": 1, "extra": 2, "mine": 3}
+    record = JobRecord("0.0", args=({"x": 1},), out=1, error=HOT, metadata=metadata, extra=extra)
+    (row,) = read_csv([record])
+    assert (row["m:error"], row["m:error_"], row["m:error__"]) == ("ValueError: too hot", "also theirs", "theirs")
+    (job,) = json.loads(in_format([record], "json"))
+    assert (job["job_id"], job["parameters"], job["mine"], job["metadata"]) == ("0.0", {"x": 1}, 3, metadata)
+    assert job["extra"] == {"job_id": "hijack", "parameters": 1, "extra": 2}
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize(
+    "args", [["jobs", "campaign.db"], ["searches", "campaign.db"], ["export", "campaign.db", "--search", "0"], ["-h"]]
+)
+def test_a_full_disk_under_stdout_is_one_line(command_line: CommandLine, args: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = command_line.start(*args, stdout=full)
+        _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (1, "paraval: error: stdout cannot be written: No space left on device\n")
+
+
+def test_what_a_terminal_would_obey_is_shown_as_its_escape(command_line: CommandLine) -> None:
+    parameters = {"\x1b[31mred": 1, "two\nlines": "\x07", "\u202eturned": 2}
+    error = JobError("exception", "\x1b]0;title\x07", type="Type\x1bError")
+    with SqliteStorage(command_line.directory / "odd.db") as storage:
+        storage.insert(
+            storage.new_search(),
+            [JobRecord(status=2, args=(parameters,), out="F_\x9b", error=error, function="\x1b[1mf")],
+        )
+    for command, lines in (("jobs", 4), ("searches", 4)):
+        done = command_line.run(command, "odd.db")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("\n") == lines
+        assert all(line.isprintable() for line in done.stdout.splitlines())
+        expected = r"\x1b[31mred=1, two\nlines='\x07', \u202eturned=2" if command == "jobs" else r"\x1b[1mf"
+        assert expected in done.stdout
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +285,7 @@ def test_parquet_takes_columns_of_any_kind() -> None:
         (["export", "campaign.db"], "2 searches (0, 1): choose one with --search"),
         (["export", "campaign.db", "--search", "0", "--output", "campaign.db"], "the storage itself"),
         (["export", "campaign.db", "--search", "0", "--output", "link.csv"], "the storage itself"),
+        (["export", "campaign.db", "--search", "0", "--output", "campaign.db-wal"], "the storage itself"),
         (["export", "campaign.db", "--search", "0", "--output", "no/such/place.csv"], "no/such"),
         (["export", "campaign.db", "--search", "0", "--output", "."], "directory"),
         (["export", "campaign.db", "--search", "0", "--format", "xml"], "'parquet'"),

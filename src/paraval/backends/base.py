@@ -10,7 +10,7 @@ import abc
 import math
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import anyio
 
@@ -87,6 +87,9 @@ class RunSpec:
         self.storage = storage
         self.budget_end = math.inf
         self.home_is_ending: Callable[[], bool] = lambda: False
+
+
+_CANCELLED: Final = JobStatus.CANCELLED
 
 
 class WorkerDiedError(Exception):
@@ -200,6 +203,8 @@ class Batch:
         """
         jobs = self._todo[::-1][:most]
         del self._todo[len(self._todo) - len(jobs) :]
+        if _CANCELLED in [job._status for job in jobs]:  # settled while the slot was not ready for them
+            jobs = [job for job in jobs if job._status is not _CANCELLED]
         now = self._clock()
         for job in jobs[:1] if self.in_order else jobs:
             job._started = now

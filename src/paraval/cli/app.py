@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from typing import TextIO
+from typing import Final, TextIO
 
 import click
 
@@ -15,12 +16,16 @@ from paraval.errors import ParavalError
 
 __all__ = ["run_command_line"]
 
+_UNWRITABLE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""What a full disk, a limit, a broken device and a stream opened for reading alone say; a pipe has its own error."""
+
 
 def run_command_line() -> int:
     """Parse ``sys.argv`` and run the command. What is wrong with the input is one line on stderr, and exit code 2."""
     _make_printable()
     try:
         code = cli.main(prog_name="paraval", standalone_mode=False)
+        sys.stdout.flush()
     except click.Abort:
         return interrupted()
     except click.UsageError as exc:
@@ -30,6 +35,12 @@ def run_command_line() -> int:
         return say_error(exc.format_message() if isinstance(exc, click.ClickException) else str(exc))
     except BrokenPipeError:  # of --help or backends, into a pager that was left
         drop_stdout()
+        return EXIT_FAILED
+    except OSError as exc:
+        if exc.errno not in _UNWRITABLE or exc.filename is not None:
+            raise
+        drop_stdout()
+        say_error(f"stdout cannot be written: {exc.strerror}")
         return EXIT_FAILED
     return code if isinstance(code, int) else 0
 

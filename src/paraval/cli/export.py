@@ -2,7 +2,8 @@
 
 CSV has the columns of the file that an evaluation leaves (:mod:`paraval.csvlog`), and all of them, as the whole search
 is known here. Parquet has the same, typed; its objectives are numbers, and what stands in their place where a job
-failed is in the column ``failure``. JSON and JSON Lines have one object for each job, with all that is stored of it.
+failed is in the column ``failure``. Metadata named ``error`` is in ``m:error_``, as ``m:error`` is why the job failed.
+JSON and JSON Lines have one object for each job, with all that is stored of it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import msgspec
 
 from paraval.cli.storages import FORMATS
-from paraval.cli.stored import in_order, outputs_are_objectives, parameters_of, status_of
+from paraval.cli.stored import in_order, is_same_file, outputs_are_objectives, parameters_of, status_of
 from paraval.csvfile import CSVPathError, sink_at
 from paraval.csvlog import _cell
 from paraval.errors import MissingExtraError
@@ -57,7 +58,7 @@ class Destination:
             if self.form == "parquet" and sys.stdout.isatty():
                 raise click.UsageError("Parquet is nothing to be read on a terminal: give --output FILE")
             return
-        if any(source.exists() and Path(name).exists() and source.samefile(name) for source in sources):
+        if any(is_same_file(name, source) for source in sources):
             raise click.UsageError(f"--output {name} is the storage itself")
         try:
             self._sink = sink_at(name)
@@ -101,11 +102,18 @@ def in_format(records: Sequence[JobRecord], form: str) -> bytes:
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 
+_RESERVED: Final = frozenset(
+    {"job_id", "job_status", "args", "kwargs", "parameters", "output", "error", "metadata", "intermediate"}
+    | {"function", "attempts", "extra"}
+)
+"""What an object says of its job itself: what was stored under such a name is in ``extra``."""
+
+
 def _encode(record: JobRecord) -> bytes:
     parameters = parameters_of(record)
     given = {"args": record.args, "kwargs": record.kwargs} if parameters is None else {"parameters": parameters}
     error = record.error
-    value = {
+    value: dict[str, Any] = {
         "job_id": record.id,
         "job_status": status_of(record),
         **given,
@@ -115,8 +123,12 @@ def _encode(record: JobRecord) -> bytes:
         "intermediate": {"budget": record.budgets or [], "objective": record.objectives or []},
         "function": record.function,
         "attempts": record.attempts,
-        **(record.extra or {}),
     }
+    extra = record.extra or {}
+    clashing = {key: item for key, item in extra.items() if str(key) in _RESERVED}
+    value |= {key: item for key, item in extra.items() if key not in clashing}
+    if clashing:
+        value["extra"] = clashing
     return msgspec.json.encode(_plain(value))
 
 
@@ -148,6 +160,9 @@ def _rows(records: Sequence[JobRecord]) -> tuple[list[str], list[dict[str, Any]]
     hpo = outputs_are_objectives(records)
     several = max((len(record.out) for record in records if hpo and isinstance(record.out, tuple | list)), default=0)
     columns: tuple[dict[str, None], ...] = ({}, {}, {})
+    theirs = "error_"  # what they call "error" themselves, by a name that nothing else has
+    while any(theirs in (record.metadata or {}) for record in records):
+        theirs += "_"
     rows = []
     for record in records:
         parameters = parameters_of(record)
@@ -156,7 +171,7 @@ def _rows(records: Sequence[JobRecord]) -> tuple[list[str], list[dict[str, Any]]
         inputs = {f"p:{key}": value for key, value in parameters.items()}
         ends = {"job_id": int(record.id.rpartition(".")[2]), "job_status": status_of(record)}
         shown = {key: value for key, value in (record.metadata or {}).items() if str(key)[:1] != "_"}
-        metadata = {f"m:{key}": value for key, value in shown.items()}
+        metadata = {f"m:{theirs if key == 'error' else key}": value for key, value in shown.items()}
         parts = (inputs, _objectives(record.out, several), ends) if hpo else (ends, inputs, _outputs(record.out))
         metadata["m:error"] = None if record.error is None else record.error.summary
         for known, part in zip(columns, parts, strict=True):

@@ -10,16 +10,15 @@ from paraval.cli.progress import duration, number
 from paraval.cli.stored import failures, in_order, is_objective, outputs_are_objectives, parameters_of, status_of
 from paraval.cli.summary import _one_line, _value, make_table, output_console, print_table
 from paraval.job import JobStatus
-from paraval.storage import JobRecord, Storage
+from paraval.storage import JobRecord
 
-__all__ = ["print_jobs", "print_searches"]
+__all__ = ["print_jobs", "print_searches", "row_of"]
 
 
-def print_searches(storage: Storage) -> None:
-    """Print one line for each search."""
+def print_searches(rows: Sequence[Sequence[str]]) -> None:
+    """Print one line for each search; a row is what :func:`row_of` gives."""
     console = output_console()
-    searches = storage.search_ids()
-    if not searches:
+    if not rows:
         console.print("no searches")
         return
     table = make_table(console)
@@ -27,28 +26,29 @@ def print_searches(storage: Storage) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("best", "run-function"):
         table.add_column(column)
-    for search_id in searches:
-        records, _ = storage.scan(search_id)
-        failed = failures(records)
-        best = _best(records, failed)
-        table.add_row(search_id, str(len(records)), *_counts(records, failed), best, _functions(records))
+    for row in rows:
+        table.add_row(*row)
     print_table(console, "Searches (objectives are maximised)", table)
 
 
-def print_jobs(storage: Storage, search_ids: Sequence[str], statuses: Collection[str], limit: int) -> None:
+def row_of(search_id: str, records: Sequence[JobRecord]) -> list[str]:
+    """Give the cells of a search."""
+    failed = failures(records)
+    return [search_id, str(len(records)), *_counts(records, failed), _best(records, failed), _functions(records)]
+
+
+def print_jobs(searches: Sequence[Sequence[JobRecord]], statuses: Collection[str], limit: int) -> None:
     """Print one line for each job.
 
     Args:
-        storage: where they are.
-        search_ids: of the searches to show.
+        searches: the jobs of each search to show.
         statuses: which to show: names in lower case, and ``"failed"``; none: all.
         limit: how many at most, the newest; 0: all.
     """
     console = output_console()
     records: list[JobRecord] = []
     failed: set[str] = set()
-    for search_id in search_ids:
-        found, _ = storage.scan(search_id)
+    for found in searches:
         records += in_order(found)
         failed |= failures(found)
     chosen = [

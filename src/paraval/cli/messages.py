@@ -8,7 +8,16 @@ from typing import Final
 
 import click
 
-__all__ = ["EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "drop_stdout", "interrupted", "say", "say_error"]
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "drop_stdout",
+    "interrupted",
+    "printable",
+    "say",
+    "say_error",
+]
 
 EXIT_FAILED: Final = 1
 EXIT_BAD_INPUT: Final = 2
@@ -17,7 +26,14 @@ EXIT_INTERRUPTED: Final = 130
 
 def say(message: str) -> None:
     """Print it as one line, whatever line ends are in it."""
-    click.echo(f"paraval: {'; '.join(filter(None, map(str.strip, message.splitlines())))}", err=True)
+    click.echo(f"paraval: {printable('; '.join(filter(None, map(str.strip, message.splitlines()))))}", err=True)
+
+
+def printable(text: str) -> str:
+    """Write what a terminal would obey, or what would break a line, as its escape: a store may hold anything."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say_error(message: str) -> int:

@@ -218,6 +218,7 @@ def _prepare(options: _Options, *, results_on_stdout: bool) -> _Prepared:
         num_workers=options.num_workers or _usable_cpus(),
         run_function_kwargs=options.settings,
         job_timeout=options.job_timeout,
+        storage_url=options.storage,
         **kwargs,
     )
     if storage is not None:
@@ -243,12 +244,15 @@ def _carry_out(sweep: _Prepared, guard: OutputGuard) -> tuple[int, bool]:
     from paraval.cli.summary import print_summary
     from paraval.cli.sweep import run_sweep
     from paraval.cli.tally import Tally
+    from paraval.storage.urls import hide_secrets, sqlite_path
 
     options, evaluator, log = sweep.options, sweep.evaluator, sweep.log
     evaluator.timeout = options.timeout
     tally = Tally(len(sweep.configs), options.job_timeout)
     progress = show_progress(quiet=options.quiet)
     ending = run_sweep(evaluator, sweep.configs, log, tally, progress, on_signal=guard.hurry)
+    if ending.error is not None and options.storage is not None and sqlite_path(options.storage) is None:
+        ending = ending._replace(error=hide_secrets(ending.error, options.storage))
     code = _exit_code(ending, tally, strict=options.strict)
     where = sweep.results.deliver(guard, tally.finished)
     try:
@@ -286,11 +290,9 @@ def _refuse_what_needs_a_program(method: Any) -> None:
 
 def _refuse_to_replace(output: str, what: str, path: str) -> None:
     """Refuse an output that is in use: it would be renamed, and a file of results would take its place."""
-    try:
-        same = Path(output).samefile(path)
-    except (OSError, ValueError):  # one of them does not exist yet, or cannot
-        same = Path(output).absolute() == Path(path).absolute()
-    if same and not Path(output).is_char_device():
+    from paraval.cli.stored import is_same_file
+
+    if is_same_file(output, path) and not Path(output).is_char_device():
         raise BadValueError(f"--output {output} is the file of {what}: name another file for the results")
 
 
@@ -305,31 +307,24 @@ def _storage(options: _Options, *, results_on_stdout: bool) -> tuple[dict[str, A
             if getattr(options, name):
                 raise click.UsageError(f"--{name} needs --storage URL, which says where the search is kept")
         return {}, None
-    from paraval.storage.urls import open_storage, sqlite_path
+    from paraval.cli.stored import files_at, told_of_storage
+    from paraval.storage.urls import open_storage, sqlite_path, without_secrets
 
     path = sqlite_path(options.storage)
     if path is not None and not results_on_stdout:
-        _refuse_to_replace(options.output, "--storage", str(path))
-    shown = options.storage if path is not None else _without_secrets(options.storage)
-    try:
+        for file in files_at(path):
+            _refuse_to_replace(options.output, "--storage", str(file))
+    shown = options.storage if path is not None else without_secrets(options.storage)
+    with told_of_storage(options.storage, "opened"):
         storage = open_storage(options.storage)
-    except ParavalError:
-        raise
-    except Exception as exc:  # of a storage that another package brought
-        raise click.UsageError(f"the storage {shown} cannot be opened: {type(exc).__name__}: {exc}") from exc
     search = options.search
     if options.resume and search is None:
-        search = _only_search(storage)
+        with told_of_storage(options.storage, "read"):
+            search = _only_search(storage)
         if search is None:
             say(f"there is nothing to resume in {shown} yet: a search begins there")
     kwargs = {"storage": storage, "search_id": search, "resume": options.resume and search is not None}
     return kwargs, shown
-
-
-def _without_secrets(url: str) -> str:
-    """Give a URL as it may be shown: no user, no password, no options."""
-    scheme, _, rest = url.partition("?")[0].partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if rest else scheme
 
 
 def _only_search(storage: Storage) -> str | None:
@@ -347,14 +342,21 @@ def _only_search(storage: Storage) -> str | None:
     return found[0] if found else None
 
 
-def _evaluator(run_function: Any, method: str, **kwargs: Any) -> Evaluator:
+def _evaluator(run_function: Any, method: str, *, storage_url: str | None, **kwargs: Any) -> Evaluator:
     from paraval import Evaluator, HPOJob
+    from paraval.cli.stored import told_of_storage
 
     try:
         return Evaluator.create(run_function, method=method, method_kwargs={"job_class": HPOJob, **kwargs})
     except ParavalError:
         raise
-    except (ImportError, OSError, TypeError, ValueError) as exc:  # of a method that another package brought
+    except Exception as exc:
+        if storage_url is not None and not type(kwargs["storage"]).__module__.startswith("paraval."):
+            with told_of_storage(storage_url, f"used (by the method '{method}')"):
+                raise
+        if not isinstance(exc, ImportError | OSError | TypeError | ValueError):
+            raise
+        # of a method that another package brought
         raise click.UsageError(f"the method '{method}' cannot be used: {type(exc).__name__}: {exc}") from exc
 
 

@@ -43,7 +43,8 @@ def jobs(storage: str, search_id: str | None, statuses: tuple[str, ...], limit: 
     from paraval.cli.listing import print_jobs
 
     with _opened(storage) as opened:
-        print_jobs(opened, _chosen(opened, search_id), statuses, limit)
+        found = [opened.scan(chosen)[0] for chosen in _chosen(opened, search_id)]
+    print_jobs(found, statuses, limit)
 
 
 @click.command(short_help="List the searches in a storage.")
@@ -53,10 +54,11 @@ def searches(storage: str) -> None:
 
     STORAGE is a URL (sqlite:///campaign.db, redis://host:6379/0) or the path of a SQLite file.
     """
-    from paraval.cli.listing import print_searches
+    from paraval.cli.listing import print_searches, row_of
 
     with _opened(storage) as opened:
-        print_searches(opened)
+        rows = [row_of(search_id, opened.scan(search_id)[0]) for search_id in opened.search_ids()]
+    print_searches(rows)
 
 
 @click.command(short_help="Write the jobs of a search to a file.")
@@ -99,9 +101,10 @@ def export(storage: str, search_id: str | None, form: str | None, output: str) -
 
 @contextlib.contextmanager
 def _opened(name: str) -> Iterator[Storage]:
-    from paraval.cli.stored import open_existing
+    """Open a storage; the block is for what is asked of it, as whatever is raised there is taken for its failure."""
+    from paraval.cli.stored import open_existing, told_of_storage
 
-    with open_existing(name) as storage:
+    with told_of_storage(name, "read"), open_existing(name) as storage:
         yield storage
 
 

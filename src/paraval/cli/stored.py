@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,16 +14,21 @@ from paraval.errors import ParavalError
 from paraval.job import JobStatus
 from paraval.outcome import FAILURE, is_failure
 from paraval.storage import JobRecord, Storage
-from paraval.storage.urls import open_storage, sqlite_path
+from paraval.storage.urls import hide_secrets, open_storage, sqlite_path, without_secrets
 
 __all__ = [
     "STATUSES",
+    "failures",
+    "files_at",
+    "files_of",
     "in_order",
     "is_objective",
+    "is_same_file",
     "open_existing",
     "outputs_are_objectives",
     "parameters_of",
     "status_of",
+    "told_of_storage",
 ]
 
 STATUSES: Final = (*(status.name.lower() for status in JobStatus), "failed")
@@ -42,7 +48,9 @@ def open_existing(name: str) -> Storage:
     """
     path = _path_of(name)
     if path is not None and not os.path.exists(path):  # noqa: PTH110 - pathlib's raises where a folder is closed to us
-        raise click.ClickException(f"no such file: {path}")
+        raise click.ClickException(
+            hide_secrets(f"no such file: {path}", name) if ":" in name else f"no such file: {path}"
+        )
     if path is not None and path.is_file() and path.stat().st_size == 0:
         raise click.ClickException(f"{path} is empty, and no storage")
     if path is not None and path.is_dir():
@@ -50,17 +58,40 @@ def open_existing(name: str) -> Storage:
     scheme = name.partition(":")[0].lower()
     if path is None and scheme in _FLEETING:
         raise click.ClickException(f"'{scheme}:' ends with the program that made it: there is nothing to see")
-    try:
-        if path is None:
+    if path is None:
+        with told_of_storage(name, "opened"):
             return open_storage(name)
-        from paraval.storage.sqlite import SqliteStorage
+    from paraval.storage.sqlite import SqliteStorage
 
-        return SqliteStorage(path)
-    except ParavalError:
+    return SqliteStorage(path)
+
+
+@contextlib.contextmanager
+def told_of_storage(url: str, what: str) -> Iterator[None]:
+    """Make one line of whatever a storage raises that another package brought.
+
+    Args:
+        url: of the storage; there may be a password in it.
+        what: what cannot be done to it.
+
+    Raises:
+        click.ClickException: for every exception that is neither paraval's own nor click's, and for one of paraval's
+            own whose message holds what must not be shown.
+        ParavalError: as it was raised.
+    """
+    try:
+        yield
+    except click.ClickException:
         raise
-    except Exception as exc:  # of a storage that another package brought
-        told = str(exc).replace(name, "…")  # there may be a password in it
-        raise click.ClickException(f"the storage cannot be opened: {type(exc).__name__}: {told}") from exc
+    except Exception as exc:
+        is_url = ":" in url
+        shown = without_secrets(url) if is_url else url
+        told = hide_secrets(str(exc), url) if is_url else str(exc)
+        if isinstance(exc, ParavalError):
+            if told == str(exc):
+                raise
+            raise click.ClickException(told) from exc
+        raise click.ClickException(f"the storage {shown} cannot be {what}: {type(exc).__name__}: {told}") from exc
 
 
 def files_of(name: str) -> list[Path]:
@@ -68,7 +99,24 @@ def files_of(name: str) -> list[Path]:
     path = _path_of(name)
     if path is None:
         return []
+    return files_at(path)
+
+
+def files_at(path: Path) -> list[Path]:
+    """Give the files that a SQLite store at this path consists of; not all of them need be there."""
     return [Path(f"{path}{end}") for end in ("", "-journal", "-wal", "-shm")]
+
+
+def is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one file, or would, were it there."""
+    try:
+        return Path(one).samefile(other)
+    except (OSError, ValueError):  # one of them does not exist yet, or cannot
+        pass
+    try:
+        return os.path.realpath(one) == os.path.realpath(other)
+    except (OSError, ValueError):
+        return Path(one).absolute() == Path(other).absolute()
 
 
 def _path_of(name: str) -> Path | None:

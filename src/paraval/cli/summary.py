@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from paraval.cli.messages import printable
 from paraval.cli.progress import duration, number
 from paraval.cli.tally import FRONT_LIMIT, Candidate, Tally
 
@@ -85,11 +86,15 @@ def print_table(console: Console, title: str, table: Table) -> None:
 
 
 def make_table(console: Console, *, header: bool = True) -> Table:
-    """Make an empty table: with a frame on a terminal, without elsewhere."""
+    """Make an empty table: with a frame on a terminal, without elsewhere. What its cells hold is made printable."""
     from rich import box
     from rich.table import Table
 
-    return Table(
+    class PrintableTable(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*(printable(cell) for cell in cells), **options)
+
+    return PrintableTable(
         show_header=header,
         box=box.ROUNDED if console.is_terminal else None,
         pad_edge=console.is_terminal,

@@ -235,12 +235,23 @@ class Engine:
             self._stop_everything(OUT_OF_BUDGET)
 
     def _stop_everything(self, reason: JobError) -> None:
+        settling = self._settling
         for worker in self._workers:
             self._workers.progress(worker)
-        self._settling.settle_all([key for key in self._settling.open if key not in self._settling.holders], reason)
+            # What a worker has not begun ends here: given back to the queue, it would begin after all.
+            waiting = [] if worker.batch is None else worker.batch.reclaim()
+            self._ledger.started(-len(waiting))
+            settling.settle_all([job.id for job in waiting], reason)
+        settling.settle_all([key for key in settling.open if key not in settling.holders], reason)
         for worker in self._workers:
             for job in () if worker.batch is None else worker.batch.in_hand:
                 self._workers.interrupt(worker, job, reason)
+        if settling.open.keys() - settling.reasons.keys():  # a thread was taking one this very moment
+            self._deadlines.add(self._clock() + 0.01, lambda now: self._stop_the_rest(reason, now))
+
+    def _stop_the_rest(self, reason: JobError, now: float) -> None:
+        if self._stopping or now >= self._spec.budget_end:
+            self._stop_everything(reason)
 
     def _cancel(self, job: Job, reason: JobError, patience: int = 200) -> None:
         if job.id not in self._settling.open:

@@ -34,7 +34,7 @@ def _has_ended(owner: str) -> bool:
         return True
     except OSError:  # it is another user's
         pass
-    return _started(int(pid)) != started
+    return _started(int(pid)) != started or _is_zombie(int(pid))
 
 
 def _machine() -> str:
@@ -48,7 +48,18 @@ def _machine() -> str:
 
 def _started(pid: int) -> str:
     """Tell two processes apart that had the same id one after the other; "" where that cannot be seen."""
+    return _stat(pid, 19) or ""
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether the process has ended, and only its parent has not asked how; False where that cannot be seen."""
+    # A process whose first thread alone has ended looks the same, but for the number of its threads.
+    return _stat(pid, 0) in {"Z", "X"} and _stat(pid, 17) in {"0", "1"}
+
+
+def _stat(pid: int, index: int) -> str | None:
+    """Give a field of ``/proc/PID/stat``, counted from the one after the name; None where there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[index]
     except (OSError, IndexError):
-        return ""
+        return None

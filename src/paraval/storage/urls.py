@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 from paraval.errors import BadValueError, MissingExtraError, WrongTypeError
 from paraval.storage.base import Storage
@@ -21,7 +22,7 @@ from paraval.storage.base import Storage
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["open_storage", "sqlite_path"]
+__all__ = ["hide_secrets", "open_storage", "sqlite_path", "without_secrets"]
 
 
 def open_storage(value: str | Storage) -> Storage:
@@ -83,6 +84,34 @@ def sqlite_path(url: str) -> Path | None:
     return Path(path)
 
 
+def without_secrets(url: str) -> str:
+    """Give a URL as it may be shown: no user, no password, no options; of an unknown scheme nothing but that."""
+    scheme, _, rest = url.partition(":")
+    kind = scheme.lower()
+    if kind == "sqlite":  # who takes it for a server's may give a password
+        return f"{scheme}:///…@{rest.rpartition('@')[2]}" if "@" in rest else url
+    if kind in _SERVERS and rest.startswith("//"):
+        return f"{scheme}://{rest.partition('?')[0].removeprefix('//').rpartition('@')[2]}"
+    return f"{scheme}:" if rest in {"", "//"} else f"{scheme}:…"
+
+
+def hide_secrets(text: str, url: str) -> str:
+    """Give a text, such as the message of another package's error, without those parts of a URL that are not shown."""
+    shown = without_secrets(url)
+    if shown == url:
+        return text
+    text = text.replace(url, shown)
+    parts = {part for each in (url, unquote(url)) for part in _parts(each)} - set(_parts(shown))
+    for part in sorted(parts, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", "…", text)
+    return text
+
+
+def _parts(url: str) -> list[str]:
+    """Give what stands between the marks of a URL."""
+    return [part for part in re.split(r"[:/@?&=#;,]+", url) if part]
+
+
 # -- schemes -----------------------------------------------------------------------------------------------------------
 
 
@@ -138,14 +167,13 @@ def _load(module: str, cls: str) -> Callable[..., Storage]:
     return loaded
 
 
+_SERVERS: Final = ("redis", "rediss", "valkey", "valkeys", "unix")
 _BUILT_IN: Final = {
     "memory": _BuiltIn(_without_rest("paraval.storage.memory", "MemoryStorage")),
     "null": _BuiltIn(_without_rest("paraval.storage.null", "NullStorage")),
     "shared": _BuiltIn(_without_rest("paraval.storage.shared", "SharedMemoryStorage")),
     "sqlite": _BuiltIn(_open_sqlite),
-    **dict.fromkeys(
-        ("redis", "rediss", "valkey", "valkeys", "unix"), _BuiltIn(_open_redis, requires="redis", extra="redis")
-    ),
+    **dict.fromkeys(_SERVERS, _BuiltIn(_open_redis, requires="redis", extra="redis")),
 }
 _GROUP: Final = "paraval.storages"
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")  # RFC 3986

@@ -37,7 +37,7 @@ def locate(path: Path, *, may_create: bool) -> os.stat_result:
     An existing file is not opened: closing it would drop the locks that SQLite holds on it for this process.
 
     Raises:
-        WrongStoreError: there is something, and it is no file.
+        WrongStoreError: there is something, and it is no file, or a file of several names.
         CorruptStoreError: there is an empty file, and a journal that says it was a store.
         StorageError: there is nothing and ``may_create`` is false, or its folder is missing.
     """
@@ -57,6 +57,11 @@ def locate(path: Path, *, may_create: bool) -> os.stat_result:
         )
     if not stat.S_ISREG(found.st_mode):
         raise WrongStoreError(f"{str(path)!r} is no regular file, so it cannot be a store; give the path of a file")
+    if found.st_nlink > 1:
+        raise WrongStoreError(
+            f"{str(path)!r} has {found.st_nlink} names (hard links); a store has one, as its journal lies beside it: "
+            "put a copy of the file in the place of this one, or remove its other names"
+        )
     if found.st_size == 1:  # which SQLite takes for none
         raise WrongStoreError(f"{str(path)!r} is no SQLite database, but a file of one byte; give the path of a store")
     if found.st_size == 0:

@@ -1319,10 +1319,10 @@ def test_batches_grow_while_jobs_are_tiny_and_shrink_at_once() -> None:
 def test_a_worker_that_is_far_has_short_jobs_to_go_on_with() -> None:
     sizer = BatchSizer("auto", num_workers=2, is_far=True)
     sizer.learn(1, 0.010)
-    assert (sizer.next_size(10_000), sizer.in_order) == (4, True)  # of jobs that take 10 ms
-    assert 0.08 <= sizer.hold_s <= 0.1  # one that takes much longer keeps the others for a moment only
+    assert (sizer.next_size(10_000), sizer.in_order) == (5, True)  # of jobs that take 10 ms
+    assert sizer.hold_s == 0.1  # one that takes much longer keeps the others for a moment only
     assert sizer.next_size(3) == 1  # what waits is not held back from other workers
-    sizer.learn(4, 4 * 0.100)
+    sizer.learn(5, 5 * 0.100)
     assert (sizer.next_size(10_000), sizer.in_order) == (1, False)
     for _ in range(12):
         size = sizer.next_size(10_000)

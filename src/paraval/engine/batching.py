@@ -27,8 +27,9 @@ _NEAR: Final = (0.000_25, 0.005)
 _FAR: Final = (0.002, 0.020)
 _SHORT_S: Final = 0.020
 """Up to how many seconds a job is short."""
-_AHEAD_S: Final = 0.020
+_AHEAD_S: Final = 0.030
 """For so many seconds a worker shall have short jobs to go on with."""
+_MOST_HOLD_S: Final = 0.1
 
 
 class BatchSizer:
@@ -75,6 +76,6 @@ class BatchSizer:
             if self._is_far and mean <= _SHORT_S:
                 self.in_order = True
                 self._size = 2 + int(_AHEAD_S / mean)
-                self.hold_s = 2 * mean * self._size
+                self.hold_s = min(2 * mean * self._size, _MOST_HOLD_S)
         elif jobs == self._size:  # a smaller batch, cut by a short queue, says little about a larger one
             self._size = max(1, min(self._size * 2, _MOST, int(self._target_s / max(mean, 1e-9))))

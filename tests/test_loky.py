@@ -377,3 +377,10 @@ def test_a_driver_may_end_without_close(tmp_path: Path) -> None:
         assert "ResourceWarning" in driver.output
         assert "was not closed" in driver.output
         assert not driver.flags.up("pid-2")
+
+
+def test_no_other_process_is_started_beside_the_workers() -> None:
+    with make(double, num_workers=2) as evaluator:
+        evaluator.submit(configurations(4))
+        evaluator.gather("ALL")
+        assert not vars(evaluator._backend)["_prepared"]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import anyio
 
-from paraval.backends.base import Backend
+from paraval.backends.base import Backend, RunSpec
 from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
 from paraval.backends.futures import close_before_pools_wait
 from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
@@ -177,6 +177,9 @@ class LokyBackend(ProcessBackend):
         worker = LokyWorker(setup, self._capture)
         self.workers.add(worker)
         return worker
+
+    def prepare(self, spec: RunSpec, workers: int) -> None:
+        """Do nothing: it is loky that starts the workers, when there is a loop to wait for it."""
 
 
 class LokyEvaluator(ProcessPoolEvaluator):

@@ -343,8 +343,15 @@ class Workers:
             for job in jobs:
                 self.settling.holders.pop(job.id, None)
                 job._started, job._status = None, JobStatus.READY
-            if not self._recorder.closing:  # else they were settled, or will be
-                self.queue.put_back(jobs)
+            if self._recorder.closing:  # they were settled, or will be
+                return
+            reasons = self.settling.reasons
+            stopped = [job for job in jobs if job.id in reasons]  # given back by a worker that was being stopped
+            if stopped:
+                jobs = [job for job in jobs if job.id not in reasons]
+                now = self._clock()
+                self.settling.settle([(it, Outcome(error=reasons[it.id], cancelled=True), now) for it in stopped])
+            self.queue.put_back(jobs)
 
     # -- looking after them --------------------------------------------------------------------------------------------
 

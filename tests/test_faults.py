@@ -556,8 +556,11 @@ def test_a_storage_failure_wakes_everyone_who_waits(method: str, stage: Stage) -
 
 
 # A loop that is stopped just then leaves the task of a worker that has not begun.
-@pytest.mark.filterwarnings("ignore:coroutine 'Engine._work' was never awaited:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:.*Engine._work:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine 'Workers._work' was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*Workers._work:pytest.PytestUnraisableExceptionWarning")
+# A loop that is stopped just then leaves the task of a worker that has not begun: Python says so when it is collected.
+@pytest.mark.filterwarnings("ignore:coroutine 'Workers._work' was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*Workers._work:pytest.PytestUnraisableExceptionWarning")
 def test_the_threads_loop_is_stopped_under_the_evaluator(caplog: pytest.LogCaptureFixture) -> None:
     async def run(job: RunningJob) -> int:
         if job["x"] == "stop":
@@ -586,8 +589,8 @@ def test_the_threads_loop_is_stopped_under_the_evaluator(caplog: pytest.LogCaptu
 
 
 # A loop that is stopped just then leaves the task of a worker that has not begun.
-@pytest.mark.filterwarnings("ignore:coroutine 'Engine._work' was never awaited:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:.*Engine._work:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine 'Workers._work' was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*Workers._work:pytest.PytestUnraisableExceptionWarning")
 def test_an_evaluate_ends_when_the_loop_is_stopped() -> None:
     async def run(job: RunningJob) -> None:
         asyncio.get_running_loop().stop()

@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 from paraval.job import Job, JobContext, JobStatus
-from paraval.outcome import Outcome
 from paraval.storage import JobRecord, Storage
 
 __all__ = ["Others"]
@@ -53,7 +52,7 @@ class Others:
         job.context = context
         job.metadata.update(record.metadata or {})
         # As an outcome, since an output that is none for this class of jobs must not hide the other jobs.
-        job.settle(Outcome(record.out, record.error, cancelled=record.status == JobStatus.CANCELLED.value))
+        job.settle(record.outcome)
         return job
 
 

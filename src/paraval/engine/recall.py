@@ -182,7 +182,7 @@ class _Answers:
             return _NOTHING
         if key in self._done:
             (record,) = self._storage.get([self._done[key]])
-            return Known(outcome=_outcome(record), source=record.id, noted=record)
+            return Known(outcome=record.outcome, source=record.id, noted=record)
         if key in self._open:
             return Known(source=self._open[key])
         if key in twins:
@@ -192,10 +192,6 @@ class _Answers:
 
 
 _NOTHING: Final = Known()
-
-
-def _outcome(record: JobRecord) -> Outcome:
-    return Outcome(record.out, record.error, cancelled=record.status == JobStatus.CANCELLED.value)
 
 
 def ended_too_often(record: JobRecord, most: int) -> Outcome | None:
@@ -220,7 +216,7 @@ def final_outcome(record: JobRecord) -> Outcome | None:
         kind, message = record.error.kind, record.error.message
         if kind == "cancelled" or message.startswith(OUT_OF_BUDGET.message):
             return None
-    return _outcome(record)
+    return record.outcome
 
 
 def _args_of(record: JobRecord) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from paraval.outcome import JobError
+from paraval.outcome import JobError, Outcome
 
 __all__ = ["JobChange", "JobRecord", "adopt"]
 
@@ -52,6 +52,11 @@ class JobRecord(msgspec.Struct, gc=False, omit_defaults=True):
     extra: dict[str, Any] | None = None
     revision: int = 0
 
+    @property
+    def outcome(self) -> Outcome:
+        """What became of the job, where it has ended."""
+        return Outcome(self.out, self.error, cancelled=self.status == _CANCELLED)
+
     def as_dict(self) -> dict[str, Any]:
         """Give the record the form that ``load_job`` has in the reference system."""
         return {
@@ -71,7 +76,7 @@ def adopt(record: JobRecord, owner: str) -> None:
     record.status, record.out, record.error, record.owner = _READY, None, None, owner
 
 
-_READY, _RUNNING = 0, 1  # of JobStatus
+_READY, _RUNNING, _CANCELLED = 0, 1, 4  # of JobStatus
 
 
 class JobChange(msgspec.Struct, gc=False):

@@ -150,7 +150,7 @@ class Job:
         self.metadata: dict[str, Any] = {}
         self.error: JobError | None = None
         self.context = _NO_CONTEXT
-        self._status = JobStatus.READY
+        self._status = _READY
         self._submitted: float | None = None
         self._started: float | None = None
         self._finished: float | None = None
@@ -216,7 +216,7 @@ class Job:
             self._set_error(error)
         if type(self) not in _OURS:
             self._try_what_is_overridden()
-        self._status = JobStatus.CANCELLED if outcome.cancelled else JobStatus.DONE
+        self._status = _CANCELLED if outcome.cancelled else _DONE
 
     def _set_error(self, error: JobError) -> None:
         try:
@@ -300,7 +300,8 @@ class HPOJob(Job):
             ValueError: a dict without ``"objective"``.
         """
         self.output, metadata = standardize(output)
-        self.metadata.update(metadata)
+        if metadata:
+            self.metadata.update(metadata)
 
     def set_error(self, error: JobError) -> None:
         """Take the failure: the objective becomes ``"F_reason"``."""
@@ -419,5 +420,9 @@ class RunningJob(MutableMapping[str, Any]):
 
 
 _NO_CONTEXT = JobContext()
+# Enum's own look-up of a member costs more than anything else that is done with it here.
+_READY = JobStatus.READY
+_DONE = JobStatus.DONE
+_CANCELLED = JobStatus.CANCELLED
 _OURS = frozenset({Job, HPOJob})
 _STOPPING = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})

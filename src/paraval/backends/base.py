@@ -89,6 +89,8 @@ class RunSpec:
         self.home_is_ending: Callable[[], bool] = lambda: False
 
 
+# Enum's own look-up of a member costs more than anything else that is done with it here.
+_RUNNING: Final = JobStatus.RUNNING
 _CANCELLED: Final = JobStatus.CANCELLED
 
 
@@ -176,16 +178,16 @@ class Batch:
 
     # -- the slot's side -----------------------------------------------------------------------------------------------
 
-    def take(self) -> Job | None:
-        """Start the next job; None when there is none left."""
+    def take(self, now: float | None = None) -> Job | None:
+        """Start the next job; None when there is none left. ``now``: what the clock shows, if that is known."""
         if not self._todo:  # a raised exception costs more than this look
             return None
         try:
             job = self._todo.pop()
         except IndexError:
             return None
-        job._started = self._clock()
-        job._status = JobStatus.RUNNING
+        job._started = self._clock() if now is None else now
+        job._status = _RUNNING
         self.current = job
         return job
 
@@ -208,7 +210,7 @@ class Batch:
         now = self._clock()
         for job in jobs[:1] if self.in_order else jobs:
             job._started = now
-            job._status = JobStatus.RUNNING
+            job._status = _RUNNING
         self._sent = {job.id: job for job in jobs}
         if len(jobs) == 1 or (jobs and self.in_order):
             self.current = jobs[0]
@@ -235,7 +237,7 @@ class Batch:
             self.current = None
             if self.in_order and self._sent:
                 self.current = current = next(iter(self._sent.values()))
-                current._started, current._status = finished, JobStatus.RUNNING
+                current._started, current._status = finished, _RUNNING
 
     def give_back(self, job_ids: list[str], current: str, started: float) -> None:
         """Say which jobs of :meth:`take_all` the worker has not started, and which one keeps it busy since when."""

@@ -25,7 +25,7 @@ from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
 from paraval.job import Job, JobStatus
 from paraval.memory import MemoryLimit, WatchedProcess, supervise
-from paraval.outcome import JobError, Outcome
+from paraval.outcome import JobError, Outcome, returned
 from paraval.worker.main import Sealed, Setup
 from paraval.worker.pickling import PicklingFailed, dumps, dumps_together, is_plain
 
@@ -213,7 +213,7 @@ class ProcessSlot(Slot):
                         if is_captured:
                             self._attach_output(process, (job,))
                         is_plain_result = error is None and type(value) is not Sealed
-                        finish(job, Outcome(value) if is_plain_result else _outcome(error, value), started, finished)
+                        finish(job, returned(value) if is_plain_result else _outcome(error, value), started, finished)
             case "back":
                 job_ids, current, started = frame[1:]
                 if current in sent or not sent.keys().isdisjoint(job_ids):  # else it is late, and means jobs before

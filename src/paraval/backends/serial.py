@@ -19,7 +19,7 @@ from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
 from paraval.job import Job
 from paraval.loops import Loop
-from paraval.outcome import Outcome
+from paraval.outcome import Outcome, returned
 
 try:
     # Private to anyio: which scope a task is in. Its public means only tell by raising when it is too late: at the end
@@ -51,21 +51,31 @@ class AsyncioSlot(Slot):
         state = None if task is None else _task_states.get(task)
         innermost = None if state is None else state.cancel_scope
         spec, turn = self._spec, batch.created
-        while (job := batch.take()) is not None:
+        job = batch.take()
+        while job is not None:
             try:
                 function: Any = job.run_function
                 coroutine = function(job.create_running_job(spec.stopper), **spec.kwargs)
-                outcome = Outcome(await _in_context(copy_context(), coroutine))
+                context = copy_context()  # the context variables that it sets are nobody else's
+                try:
+                    awaited = context.run(coroutine.send, None)
+                except StopIteration as stop:
+                    outcome = returned(stop.value)
+                else:
+                    outcome = returned(await _in_context(context, coroutine, awaited))
             except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
                 outcome = failure_of(exc, spec)
             while state is not None and state.cancel_scope is not innermost and state.cancel_scope is not None:
                 state.cancel_scope.__exit__(None, None, None)
             batch.finish(job, outcome)
+            now: float | None = batch.last_end
             if batch.last_end - turn > _TURN_S:  # the deadlines' turn, and everybody else's
-                turn = batch.last_end
+                turn, now = batch.last_end, None
                 await anyio.lowlevel.checkpoint()
             if task is not None and task.cancelling():
+                now = None
                 await self._take_cancellation(task)
+            job = batch.take(now)
 
     async def _take_cancellation(self, task: asyncio.Task[Any]) -> None:
         """Take a cancellation that a job made of the task it ran in, unless there is one from above too."""
@@ -97,21 +107,27 @@ class TrioSlot(Slot):
         try:
             function: Any = job.run_function
             coroutine = function(job.create_running_job(spec.stopper), **spec.kwargs)
-            return Outcome(await _in_context(copy_context(), coroutine))
+            context = copy_context()
+            try:
+                awaited = context.run(coroutine.send, None)
+            except StopIteration as stop:
+                return returned(stop.value)
+            return returned(await _in_context(context, coroutine, awaited))
         except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
             return failure_of(exc, spec)
 
 
 @coroutine_from_generator
-def _in_context(context: Context, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Await a coroutine in a context of its own: the context variables that it sets are nobody else's."""
-    step: Callable[..., Any] = coroutine.send
-    argument: Any = None
+def _in_context(context: Context, coroutine: Coroutine[Any, Any, Any], awaited: Any) -> Generator[Any, Any, Any]:
+    """Await the rest of a coroutine in a context of its own. One that never waits has no rest, and costs no more.
+
+    Args:
+        context: where it has begun.
+        coroutine: it has begun, and waits.
+        awaited: for this.
+    """
+    step: Callable[..., Any]
     while True:
-        try:
-            awaited = context.run(step, argument)
-        except StopIteration as stop:
-            return stop.value
         try:
             argument = yield awaited
             step = coroutine.send
@@ -120,6 +136,10 @@ def _in_context(context: Context, coroutine: Coroutine[Any, Any, Any]) -> Genera
             raise
         except BaseException as exc:  # noqa: BLE001 - it is the coroutine's to handle
             step, argument = coroutine.throw, exc
+        try:
+            awaited = context.run(step, argument)
+        except StopIteration as stop:
+            return stop.value
 
 
 class SerialBackend(Backend):

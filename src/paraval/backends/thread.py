@@ -15,7 +15,7 @@ from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, W
 from paraval.evaluator import Evaluator
 from paraval.job import Job, JobStatus
 from paraval.loops import Loop
-from paraval.outcome import JobError, Outcome
+from paraval.outcome import JobError, Outcome, returned
 from paraval.worker.coroutines import CoroutineRunner
 
 __all__ = ["ThreadPoolEvaluator"]
@@ -97,8 +97,10 @@ class _JobThread(threading.Thread):
     def run(self) -> None:
         try:
             while (batch := self._inbox.get()) is not None:
-                while (job := batch.take()) is not None:
+                job = batch.take()
+                while job is not None:
                     batch.finish(job, self._outcome_of(job))
+                    job = batch.take(batch.last_end)
                 self._hand_back()
                 del batch, job  # an idle thread must not keep the last job alive
         finally:
@@ -113,7 +115,7 @@ class _JobThread(threading.Thread):
     def _outcome_of(self, job: Job) -> Outcome:
         spec = self._spec
         try:
-            return Outcome(copy_context().run(self._call, job))  # its context variables are nobody else's
+            return returned(copy_context().run(self._call, job))  # its context variables are nobody else's
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             return outcome_of(exc, spec)
 

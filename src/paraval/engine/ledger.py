@@ -225,7 +225,12 @@ class Ledger:
             self.last_end = finished
             if job._status is _CANCELLED:
                 cancelled += 1
-            elif job.error is not None or _has_failed(job):
+                continue
+            try:
+                has_failed = job.failed
+            except Exception:  # noqa: BLE001 - a subclass's is user code, and the counts must stay right
+                has_failed = True
+            if has_failed:
                 failed += 1
         self.failed += failed
         self.cancelled += cancelled
@@ -384,13 +389,6 @@ class Ledger:
 def _wake(waiters: Sequence[_Waiter]) -> None:
     for waiter in waiters:
         waiter.wake()
-
-
-def _has_failed(job: Job) -> bool:
-    try:
-        return job.failed
-    except Exception:  # noqa: BLE001 - a subclass's is user code, and the counts must stay right
-        return True
 
 
 async def until_set(event: Event, check: Callable[[], object] | None) -> None:

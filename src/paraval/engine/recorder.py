@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
@@ -81,18 +80,14 @@ class Recorder:
 
     def record(self, jobs: list[Job]) -> None:
         """Store the end of jobs, and hand them over."""
-        owner = self._owner
-        changes = [
-            JobChange(
-                job.id,
-                status=job._status._value_,  # without the detour over Enum.value
-                out=_stored_output(job),
-                error=job.error,
-                metadata=job.metadata,
-                by=owner,
-            )
-            for job in jobs
-        ]
+        owner, changes = self._owner, []
+        for job in jobs:
+            try:
+                out = job.stored_output
+            except Exception:  # noqa: BLE001 - a subclass's is user code; the job has failed by that already
+                out = None
+            status = job._status._value_  # without the detour over Enum.value
+            changes.append(JobChange(job.id, status=status, out=out, error=job.error, metadata=job.metadata, by=owner))
         if self._writer is not None:
             self._writer.put(changes, functools.partial(self._written, jobs))
             return
@@ -175,10 +170,3 @@ def _give_up(job: Job, record: JobRecord) -> None:
     else:
         message = "another driver has taken the job over, as this one could not say that it lives; it has the result"
         job.settle(Outcome(error=JobError("cancelled", message), cancelled=True))
-
-
-def _stored_output(job: Job) -> Any:
-    try:
-        return job.stored_output
-    except Exception:  # noqa: BLE001 - a subclass's is user code; the job has failed by that already
-        return None

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MARGIN_S", "Worker", "Workers"]
 
+_READY: Final = JobStatus.READY
 MARGIN_S: Final = 0.4
 """How long after the grace a job may take to be seen ended before it is given up."""
 _HIRE_AT_ONCE: Final = 64
@@ -298,7 +299,7 @@ class Workers:
             if alone is not None:
                 self.queue.put_back(jobs[alone:])
                 del jobs[alone:]
-        return [job for job in jobs if job._status is JobStatus.READY]  # the others were cancelled while they waited
+        return [job for job in jobs if job._status is _READY]  # the others were cancelled while they waited
 
     async def _mark(self, job: Job) -> None:
         """Have it stored that a job that a driver left runs, before it does: it may be what ended that driver."""

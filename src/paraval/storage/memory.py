@@ -77,20 +77,18 @@ class MemoryStorage(Storage):
 
     def update(self, changes: Sequence[JobChange]) -> None:
         with self._lock:
-            searches = self._searches
-            found = []
-            for change in changes:  # likewise; the calls are written out, as this is done twice for each job
-                search = searches.get(change.id.rpartition(".")[0])
-                record = None if search is None else search.records.get(change.id)
+            search, found = None, []
+            for change in changes:
+                record = None if search is None else search.records.get(change.id)  # most are of the one before's
                 if search is None or record is None:
-                    search, record = self._find(change.id)  # it says what is wrong
+                    search, record = self._find(change.id)
                 found.append((search, record, change))
             for search, record, change in found:
                 by = change.by
                 if by is not None and by != record.owner:
                     continue
                 change.apply_to(record)
-                search.revision = record.revision = search.revision + 1  # as touch() does
+                search.revision = record.revision = search.revision + 1  # as touch() does, for each job twice
                 records = search.records
                 del records[record.id]
                 records[record.id] = record

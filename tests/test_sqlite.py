@@ -146,7 +146,8 @@ def half_written(storage: SqliteStorage) -> Path:
         connection.execute(
             "INSERT INTO search_values SELECT 9, value, zeroblob(900) FROM json_each('[1,2,3,4,5,6,7,8]')"
         )
-        connection.execute("UPDATE jobs SET log = zeroblob(3000), owner = 'nobody'")
+        connection.execute("UPDATE entries SET data = zeroblob(30000)")
+        connection.execute("UPDATE new_jobs SET owner = 'nobody'")
         for file in path.parent.glob(f"{path.name}*"):
             if not file.name.endswith("-shm"):  # which a loss of power does not leave
                 shutil.copy(file, left / file.name)
@@ -354,7 +355,7 @@ def test_a_store_that_another_program_has_locked_is_waited_for(path: Path) -> No
         other.execute("BEGIN EXCLUSIVE")
         assert in_threads_but_first(release, lambda: storage.scan(search_id)[1]) == 1
         other.execute("BEGIN")
-        other.execute("SELECT * FROM jobs").fetchall()  # a reader: it keeps others from committing, not from writing
+        other.execute("SELECT * FROM entries").fetchall()  # a reader: it keeps others from committing, not from writing
         assert in_threads_but_first(release, lambda: storage.create_new_job(search_id)) == "0.1"
 
 
@@ -381,7 +382,7 @@ def test_a_store_that_stays_locked_is_an_error_after_the_time_given(path: Path) 
                 call()
         other.execute("COMMIT")
         other.execute("BEGIN")
-        other.execute("SELECT * FROM jobs").fetchall()
+        other.execute("SELECT * FROM entries").fetchall()
         with pytest.raises(StorageError, match="locked"):
             storage.create_new_job(search_id)
         other.execute("COMMIT")
@@ -652,7 +653,7 @@ def costs(path: Path, size: int) -> dict[str, int]:
 
 
 def test_what_it_costs_does_not_grow_with_what_is_stored(path: Path) -> None:
-    assert costs(path.with_name("small.db"), 50) == costs(path.with_name("large.db"), 5000)
+    assert costs(path.with_name("small.db"), 128) == costs(path.with_name("large.db"), 5120)
 
 
 def read_by_this_process() -> int:
@@ -670,24 +671,48 @@ def test_what_a_change_costs_does_not_grow_with_what_the_job_has_been_through(st
         for number in range(3):
             store.store_job_metadata(made.id, f"m{number}", number)
     assert fields(storage.get(["0.0"])[0]) == fields(memory.get(["0.0"])[0])
-    ((longest,),) = sql(storage, "SELECT max(length(log)) FROM earlier_logs")
-    ((now,),) = sql(storage, "SELECT length(log) FROM jobs")
-    assert now < 8100
-    assert 8000 < longest < 30_000
+    before = steps(storage, lambda: storage.store_job_metadata("0.0", "more", 1))
+    memory.store_job_metadata("0.0", "more", 1)
     for store in (storage, memory):
         (found,) = store.get(["0.0"])
         assert store.adopt({"0.0": found.revision}, "them") == {"0.0"}
     assert fields(storage.get(["0.0"])[0]) == fields(memory.get(["0.0"])[0])
+    new = storage.create_new_job("0")
+    assert before == steps(storage, lambda: storage.store_job_metadata(new, "more", 1))
 
 
-def test_large_values_are_put_aside_and_come_back(storage: SqliteStorage) -> None:
+def test_large_values_have_entries_of_their_own_and_come_back(storage: SqliteStorage) -> None:
     search_id = storage.new_search()
     records = [JobRecord(args=("z" * size,)) for size in (10, 10_000, 3_000_000)]
     storage.insert(search_id, records)
     storage.update([JobChange(record.id, status=2, out=b"o" * 2_000_000) for record in records])
     for found, record in zip(storage.get(record.id for record in records), records, strict=True):
         assert (found.args, found.out) == (record.args, b"o" * 2_000_000)
-    assert sql(storage, "SELECT max(length(log)) FROM jobs")[0][0] < 100
+    assert sql(storage, "SELECT count(*) FROM entries") == [(6,)]  # who wants one job need not read what is large
+
+
+def test_what_is_new_is_found_from_any_revision_on(storage: SqliteStorage) -> None:
+    """An entry holds up to 64 changes, and a revision may lie in the midst of one."""
+    memory = MemoryStorage()
+    for store in (storage, memory):
+        search_id = store.new_search()
+        records = [JobRecord(args=(number,), owner="me" if number < 90 else None) for number in range(150)]
+        store.insert(search_id, records)
+        ids = [record.id for record in records]
+        store.update([JobChange(job_id, status=2, out=1.0, metadata={"a": 1}, by="me") for job_id in ids[::-1]])
+        store.update([JobChange(job_id, intermediate=(1, number)) for number in range(3) for job_id in ids[::2]])
+        assert store.adopt({record.id: record.revision for record in store.get(ids[80:100])}, "them") == set(
+            ids[80:100]
+        )
+        store.update([JobChange(job_id, out=number, by="me") for number, job_id in enumerate(ids[70:100])])
+    _, last = memory.scan("0")
+    assert storage.scan("0")[1] == last
+    for since in range(-1, last + 2):
+        found, revision = storage.scan("0", since)
+        expected, _ = memory.scan("0", since)
+        assert revision == last
+        assert [fields(record) for record in found] == [fields(record) for record in expected]
+    assert sql(storage, "SELECT owner, count(*) FROM adopted GROUP BY owner") == [("them", 20)]
 
 
 def test_batches_are_cut_where_one_statement_would_be_too_large(

@@ -52,6 +52,7 @@ def fill(path: Path) -> None:
                 ]
             )
             storage.update([JobChange(record.id, extra={"long": "x" * 9000}) for record in records[:3]])
+            storage.adopt({records[110].id: records[110].revision}, "me")
             for number in range(5):
                 storage.put_value(search_id, f"key {number}", {"value": [number, "v" * 300]})
         storage.renew("me", 1e9)
@@ -249,8 +250,11 @@ def test_the_layout_of_the_first_version_is_as_it_was(path: Path) -> None:
     assert columns == {
         "searches": [("id", "INTEGER")],
         "search_values": [("search", "INTEGER"), ("key", "TEXT"), ("value", "BLOB")],
-        "jobs": [("id", "INTEGER"), ("changed", "INTEGER"), ("owner", "TEXT"), ("log", "BLOB")],
-        "earlier_logs": [("job", "INTEGER"), ("changed", "INTEGER"), ("log", "BLOB")],
+        "entries": [("changed", "INTEGER"), ("data", "BLOB")],
+        "new_jobs": [("first", "INTEGER"), ("count", "INTEGER"), ("owner", "TEXT"), ("changed", "INTEGER")],
+        "sums": [("jobs", "INTEGER"), ("places", "INTEGER")],
+        "places": [("job", "INTEGER"), ("changed", "INTEGER")],
+        "adopted": [("job", "INTEGER"), ("owner", "TEXT")],
     }
 
 
@@ -550,23 +554,35 @@ def test_a_crash_while_a_store_is_made_is_no_damage(path: Path) -> None:
 @pytest.mark.parametrize(
     ("statement", "said"),
     [
-        ("DELETE FROM jobs WHERE id = 5", "of the 120 jobs of search '0', 119 are there"),
-        ("DELETE FROM jobs WHERE id < 100", "of the 120 jobs of search '0', 20 are there"),
+        ("DELETE FROM entries WHERE changed = 64", "'0' cannot be read: its changes 1 to 64 are missing"),
+        ("DELETE FROM entries WHERE changed = 120", "'0' cannot be read: its changes 65 to 120 are missing"),
+        ("DELETE FROM entries WHERE changed = 224", "of 6 entries, 5 are there"),
+        (
+            "UPDATE entries SET data = (SELECT data FROM entries WHERE changed = 184) WHERE changed = 220",
+            "'0' cannot be read: the checksum of an entry is wrong",
+        ),
+        ("UPDATE entries SET data = x'' WHERE changed = 64", "an entry is cut short"),
+        ("UPDATE entries SET data = 'x' WHERE changed = 64", "an entry holds 'x' in place of bytes"),
+        ("UPDATE entries SET data = data || x'80' WHERE changed = 64", "a text in it is none"),
+        ("UPDATE entries SET data = CAST(data || x'00' AS BLOB) WHERE changed = 64", "checksum of an entry is wrong"),
+        ("DELETE FROM new_jobs WHERE first < 200", "of the 0 jobs of search '0', 120 are there"),
+        ("UPDATE new_jobs SET count = 10 WHERE first = 64", "of the 74 jobs of search '0', 120 are there"),
+        ("UPDATE new_jobs SET count = 'x' WHERE first = 64", "of the 64 jobs of search '0', 120 are there"),
+        ("UPDATE new_jobs SET changed = 63 WHERE first = 0", "entries, .* are there"),
+        ("UPDATE new_jobs SET changed = 'x' WHERE first = 0", "it holds 'x' in place of int"),
+        ("UPDATE places SET changed = 1 WHERE job = 5", "entries, .* are there"),
+        ("UPDATE places SET changed = 223 WHERE job = 5", "where jobs were changed is not what was written"),
+        ("DELETE FROM places WHERE job = 5", "where jobs were changed is not what was written"),
+        ("UPDATE sums SET places = 6 WHERE jobs = 0", "where jobs were changed is not what was written"),
+        ("DELETE FROM sums", "where jobs were changed is not what was written"),
+        ("UPDATE places SET job = 119 WHERE job = 5", "where jobs were changed is not what was written"),
         ("DELETE FROM searches WHERE id = 0", r"of its searches, only \[1\] are there"),
         ("DELETE FROM searches WHERE id = 1", r"of its searches, only \[0\] are there"),
-        ("UPDATE jobs SET owner = 'them' WHERE id = 5", "job '0.5' belongs to 'them', but in its log to 'me'"),
-        ("UPDATE jobs SET log = (SELECT log FROM jobs WHERE id = 6) WHERE id = 5", "job '0.5' cannot be read"),
-        ("UPDATE jobs SET log = x'' WHERE id = 5", "job '0.5' cannot be read: it has no record"),
-        ("UPDATE jobs SET log = x'00' WHERE id = 5", "job '0.5' cannot be read: it is cut short"),
-        ("UPDATE jobs SET log = 'x' WHERE id = 5", "it holds 'x' in place of bytes"),
-        ("UPDATE jobs SET log = log || x'80' WHERE id = 5", "a text in it is none"),
-        ("UPDATE jobs SET changed = 'x' WHERE id = 5", "is damaged"),
-        ("DELETE FROM earlier_logs", "job '0.0' cannot be read"),
         ("UPDATE search_values SET value = 5", "the value 'key 0' of search '0' cannot be read"),
         ("UPDATE search_values SET value = zeroblob(50)", "the value 'key 0' of search '0' cannot be read"),
         ("UPDATE leases SET owner = x'80'", "is damaged: it holds b'.x80' in place of str"),
         ("UPDATE leases SET owner = CAST(x'80' AS TEXT)", "a text in it is none"),
-        ("DROP TABLE earlier_logs", "it lacks earlier_logs, or has it in another form"),
+        ("DROP TABLE places", "it lacks places, or has it in another form"),
         ("PRAGMA user_version = 0", "its layout is 0"),
     ],
 )
@@ -581,7 +597,7 @@ def test_damage_is_named(path: Path, statement: str, said: str) -> None:
 
 def test_a_job_that_is_missing_is_damage_and_one_that_never_was_is_unknown(path: Path) -> None:
     fill(path)
-    raw(path, "DELETE FROM jobs WHERE id = 5")
+    raw(path, "UPDATE new_jobs SET changed = 120 WHERE first = 0")
     with SqliteStorage(path) as storage:
         with pytest.raises(CorruptStoreError, match=r"job '0\.5' is missing, though there are later ones"):
             storage.get(["0.5"])

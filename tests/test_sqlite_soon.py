@@ -76,7 +76,7 @@ def end(storage: Storage, job_id: str) -> None:
 def elsewhere(path: Path) -> int:
     """Give how many jobs another program finds."""
     with closing(sqlite3.connect(path)) as other:
-        return int(other.execute("SELECT count(*) FROM jobs").fetchone()[0])
+        return int(other.execute("SELECT ifnull(sum(count), 0) FROM new_jobs").fetchone()[0])
 
 
 def lose_transaction(storage: SqliteStorage) -> None:
@@ -289,13 +289,13 @@ def test_a_commit_that_succeeded_after_all_is_not_done_again(storage: SqliteStor
 
 def test_an_interrupt_in_the_middle_loses_no_other_job(storage: SqliteStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = new(storage)
-    insert = rows.insert
+    add_jobs = rows.add_jobs
 
     def interrupted(*args: Any) -> Any:
-        insert(*args)
+        add_jobs(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rows, "insert", interrupted)
+    monkeypatch.setattr(rows, "add_jobs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         new(storage, 2)
     monkeypatch.undo()

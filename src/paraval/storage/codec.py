@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final
 
@@ -11,22 +11,31 @@ from msgspec import UNSET, UnsetType
 
 from paraval.errors import CorruptStoreError
 from paraval.outcome import JobError
-from paraval.storage.plain import Plain, encoder, is_plain, read_ext, sorting_encoder
+from paraval.storage.plain import Plain, are_flat, encoder, is_plain, read_ext, sorting_encoder
 from paraval.storage.records import JobChange, JobRecord
 
 __all__ = [
     "decode",
     "decode_change",
+    "decode_changes",
+    "decode_ends",
     "decode_error",
     "decode_record",
+    "decode_records",
     "encode",
     "encode_change",
+    "encode_changes",
+    "encode_ends",
     "encode_error",
     "encode_record",
+    "encode_records",
     "key_of",
 ]
 
 _RECORD_VERSION: Final = b"\x01"
+_UNSEEN: Final = (OverflowError, UnicodeEncodeError, TypeError)
+"""What the encoder raises at what a quick look does not see: an int of more than 64 bits or half a character, which are
+written as extension types; UNSET, which is plain as a field of a struct, but not deeper."""
 
 
 def encode(value: Any, what: str) -> bytes:
@@ -45,11 +54,11 @@ def encode(value: Any, what: str) -> bytes:
     Raises:
         UnstorableError: there is something else in it; the message gives the way to it.
     """
-    try:
-        if is_plain(value):
+    if is_plain(value):
+        try:
             return encoder.encode(value)
-    except (OverflowError, UnicodeEncodeError, TypeError):
-        pass  # an int of more than 64 bits or half a character, which are written as extension types; or UNSET
+        except _UNSEEN:
+            pass
     return encoder.encode(Plain(what).of(value))
 
 
@@ -68,11 +77,43 @@ def encode_record(record: JobRecord) -> bytes:
     Raises:
         UnstorableError: there is something in it that cannot be kept; the message gives the way to it.
     """
-    if record.error is not None:
-        record = msgspec.structs.replace(record)
-        record.error = encode_error(record.error)  # type: ignore[assignment,arg-type] # the form that is stored
+    try:
+        return _RECORD_VERSION + encoder.encode(_looked_at(record))
+    except _UNSEEN:
+        return _RECORD_VERSION + encoder.encode(_made_plain(record))
+
+
+def encode_records(records: Sequence[JobRecord], numbers: Sequence[int] = ()) -> bytes:
+    """Write several at once, with a number for each, or with none: at a fifth of the cost.
+
+    Raises:
+        UnstorableError: as above.
+    """
+    looked_at = records
+    if not (
+        all(map(_is_as_submitted, records))
+        and are_flat(record.args[0] for record in records if record.args)
+        and are_flat(record.metadata for record in records)
+    ):
+        looked_at = [_looked_at(record) for record in records]
+    try:
+        return encoder.encode((numbers, looked_at))
+    except _UNSEEN:
+        return encoder.encode((numbers, [_made_plain(record) for record in records]))
+
+
+def _looked_at(record: JobRecord) -> JobRecord:
+    """Give a record that the encoder knows how to write, unless there is one of the _UNSEEN in it."""
     # A job that is submitted has arguments and one note: it is not looked at part by part.
-    known_plain = (
+    if _is_as_submitted(record):
+        known_plain = record.args is not None and is_plain(record.args[0]) and is_plain(record.metadata)
+    else:
+        known_plain = record.error is None and is_plain(_parts_of(record))
+    return record if known_plain else _made_plain(record)
+
+
+def _is_as_submitted(record: JobRecord) -> bool:
+    return (
         record.kwargs is None
         and record.out is None
         and record.error is None
@@ -80,19 +121,17 @@ def encode_record(record: JobRecord) -> bytes:
         and record.extra is None
         and type(args := record.args) is tuple
         and len(args) == 1
-        and is_plain(args[0])
-        and is_plain(record.metadata)
     )
-    try:
-        if known_plain or is_plain(_parts_of(record)):
-            return _RECORD_VERSION + encoder.encode(record)
-    except (OverflowError, UnicodeEncodeError, TypeError):
-        pass  # as above; and UNSET is plain as a field of the struct, but not deeper
+
+
+def _made_plain(record: JobRecord) -> JobRecord:
     record = msgspec.structs.replace(record)
+    if record.error is not None:
+        record.error = encode_error(record.error)  # type: ignore[assignment] # the form that is stored
     for name in _PARTS:
         if (value := getattr(record, name)) is not None:
             setattr(record, name, Plain(_CALLED[name]).of(value))
-    return _RECORD_VERSION + encoder.encode(record)
+    return record
 
 
 def decode_record(data: bytes | bytearray) -> JobRecord:
@@ -106,7 +145,22 @@ def decode_record(data: bytes | bytearray) -> JobRecord:
             f"a record begins with {bytes(data[:8])!r}, and not with {_RECORD_VERSION!r} as this release of paraval "
             "writes it: it is damaged, or a later release wrote it, which can then read it"
         )
-    stored = _decoded(_record_decoder, data[1:])
+    return _record_of(_decoded(_record_decoder, data[1:]))
+
+
+def decode_records(data: bytes | bytearray) -> tuple[list[int], list[JobRecord]]:
+    """Read what :func:`encode_records` wrote: the numbers, and the records.
+
+    Raises:
+        CorruptStoreError: it wrote nothing like this.
+    """
+    numbers, stored = _decoded(_records_decoder, data)
+    if numbers:
+        _refuse_unless_as_many(numbers, stored)
+    return numbers, [_record_of(one) for one in stored]
+
+
+def _record_of(stored: _StoredRecord) -> JobRecord:
     _refuse_unless(dict, stored.kwargs, stored.metadata, stored.extra)
     _refuse_unless(str, stored.function, stored.owner)
     record = JobRecord(*msgspec.structs.astuple(stored))
@@ -121,39 +175,80 @@ def encode_change(change: JobChange) -> bytes:
     Raises:
         UnstorableError: there is something in it that cannot be kept; the message gives the way to it.
     """
-    if (quickly := _encode_end(change)) is not None:
-        return quickly
-    stored = {name: value for name, absent in _ABSENT.items() if (value := getattr(change, name)) is not absent}
-    if type(change.error) is JobError:
-        stored["error"] = encode_error(change.error)
-    try:
-        if is_plain(stored):
+    stored = _stored(change)
+    if is_plain(stored):
+        try:
             return encoder.encode(stored)
-    except (OverflowError, UnicodeEncodeError, TypeError):
-        pass  # as above
-    return encoder.encode({name: Plain(_CALLED[name]).of(value) for name, value in stored.items()})
+        except _UNSEEN:
+            pass
+    return encoder.encode(_plain_parts(stored))
 
 
-def _encode_end(change: JobChange) -> bytes | None:
-    """Write that a job has ended well, which most changes say; None if that is not what this one says."""
-    status, out, metadata = change.status, change.out, change.metadata
-    if (
+def encode_changes(changes: Sequence[JobChange], numbers: Sequence[int]) -> bytes:
+    """Write several at once, with a number for each.
+
+    Raises:
+        UnstorableError: as above.
+    """
+    stored = [_stored(change) for change in changes]
+    looked_at = [one if is_plain(one) else _plain_parts(one) for one in stored]
+    try:
+        return encoder.encode((numbers, looked_at))
+    except _UNSEEN:
+        return encoder.encode((numbers, [_plain_parts(one) for one in stored]))
+
+
+def encode_ends(changes: Sequence[JobChange], numbers: Sequence[int]) -> bytes | None:
+    """Write of several jobs that they have ended well, which most changes say; None if one says anything else.
+
+    Raises:
+        UnstorableError: as above.
+    """
+    if not all(map(_says_ended_well, changes)):
+        return None
+    statuses = [change.status for change in changes]
+    outs: list[Any] = [change.out for change in changes]
+    if set(map(type, outs)) != {float}:
+        outs = [out if is_plain(out) else _plain("out", out) for out in outs]
+    notes: list[Any] = [change.metadata for change in changes]
+    if not are_flat(notes):
+        notes = [one if is_plain(one) else _plain("metadata", one) for one in notes]
+    try:
+        return encoder.encode((numbers, statuses, outs, notes))
+    except _UNSEEN:
+        outs = [_plain("out", change.out) for change in changes]
+        notes = [_plain("metadata", change.metadata) for change in changes]
+        return encoder.encode((numbers, statuses, outs, notes))
+
+
+def _says_ended_well(change: JobChange) -> bool:
+    return (
         change.error is None
-        and status is not UNSET
-        and out is not UNSET
+        and change.status is not UNSET
+        and change.out is not UNSET
+        and change.metadata is not None
         and change.args is UNSET
         and change.kwargs is UNSET
         and change.intermediate is None
         and change.extra is None
-        and type(metadata) is dict
-        and is_plain(metadata)
-        and (type(out) is float or is_plain(out))
-    ):
-        try:
-            return encoder.encode({"status": status, "out": out, "error": None, "metadata": metadata})
-        except (OverflowError, UnicodeEncodeError, TypeError):
-            pass  # as above
-    return None
+    )
+
+
+def _stored(change: JobChange) -> dict[str, Any]:
+    if _says_ended_well(change):  # most do: as below
+        return {"status": change.status, "out": change.out, "error": None, "metadata": change.metadata}
+    stored = {name: value for name, absent in _ABSENT.items() if (value := getattr(change, name)) is not absent}
+    if type(change.error) is JobError:
+        stored["error"] = encode_error(change.error)
+    return stored
+
+
+def _plain_parts(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(name, value) for name, value in stored.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    return Plain(_CALLED[name]).of(value)
 
 
 def decode_change(data: bytes | bytearray) -> JobChange:
@@ -162,7 +257,36 @@ def decode_change(data: bytes | bytearray) -> JobChange:
     Raises:
         CorruptStoreError: it wrote nothing like this.
     """
-    stored = _decoded(_change_decoder, data)
+    return _change_of(_decoded(_change_decoder, data))
+
+
+def decode_changes(data: bytes | bytearray) -> tuple[list[int], list[JobChange]]:
+    """Read what :func:`encode_changes` wrote: the numbers, and the changes.
+
+    Raises:
+        CorruptStoreError: it wrote nothing like this.
+    """
+    numbers, stored = _decoded(_changes_decoder, data)
+    _refuse_unless_as_many(numbers, stored)
+    return numbers, [_change_of(one) for one in stored]
+
+
+def decode_ends(data: bytes | bytearray) -> tuple[list[int], list[JobChange]]:
+    """Read what :func:`encode_ends` wrote: the numbers, and the changes.
+
+    Raises:
+        CorruptStoreError: it wrote nothing like this.
+    """
+    numbers, statuses, outs, notes = _decoded(_ends_decoder, data)
+    _refuse_unless_as_many(numbers, statuses, outs, notes)
+    _refuse_unless(dict, *notes)
+    return numbers, [
+        JobChange("", status=status, out=out, error=None, metadata=metadata)
+        for status, out, metadata in zip(statuses, outs, notes, strict=True)
+    ]
+
+
+def _change_of(stored: _StoredChange) -> JobChange:
     _refuse_unless(dict, stored.kwargs, stored.metadata, stored.extra)
     change = JobChange("", *msgspec.structs.astuple(stored))
     if stored.error is not UNSET and stored.error is not None:
@@ -207,8 +331,8 @@ def key_of(function: str | None, args: Mapping[str, Any]) -> bytes:
     try:
         if is_plain(args):
             return sorting_encoder.encode((function, args))
-    except (OverflowError, UnicodeEncodeError, TypeError):
-        pass  # as above; and the encoder sorts no keys but str
+    except _UNSEEN:
+        pass  # and the encoder sorts no keys but str
     plain = Plain("configuration", canonical=True)
     return sorting_encoder.encode((plain.of(function), plain.of(args)))
 
@@ -276,6 +400,12 @@ _PARTS: Final = [name for name in _CALLED if name in JobRecord.__struct_fields__
 _parts_of: Final[Callable[[JobRecord], tuple[Any, ...]]] = attrgetter(*_PARTS)
 
 
+def _refuse_unless_as_many(numbers: list[int], *columns: list[Any]) -> None:
+    for column in columns:
+        if len(column) != len(numbers):
+            raise CorruptStoreError(f"stored bytes hold {len(column)} values for {len(numbers)} jobs")
+
+
 def _refuse_unless(kind: type, *values: Any) -> None:
     for value in values:
         if value is not None and value is not UNSET and type(value) is not kind:
@@ -292,4 +422,7 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Any], data: bytes | bytearray) -> 
 
 _decoder: Final = msgspec.msgpack.Decoder(ext_hook=read_ext)
 _change_decoder: Final = msgspec.msgpack.Decoder(_StoredChange, ext_hook=read_ext)
+_changes_decoder: Final = msgspec.msgpack.Decoder(tuple[list[int], list[_StoredChange]], ext_hook=read_ext)
+_ends_decoder: Final = msgspec.msgpack.Decoder(tuple[list[int], list[int], list[Any], list[Any]], ext_hook=read_ext)
 _record_decoder: Final = msgspec.msgpack.Decoder(_StoredRecord, ext_hook=read_ext)
+_records_decoder: Final = msgspec.msgpack.Decoder(tuple[list[int], list[_StoredRecord]], ext_hook=read_ext)

@@ -17,22 +17,29 @@ APPLICATION_ID: Final = int.from_bytes(b"PrVl", "big")
 """In the header of each store, so that the database of another program is recognised."""
 
 SCHEMA: Final = (
-    # 1. ``id`` is the search times 2**40 plus the number of the job; ``changed`` is the search times 2**40 plus the
-    # revision of the last change. The largest of either says what comes next, so there is no counter to keep in step.
-    # ``log`` is read by logs.py; what it was when it grew long is in ``earlier_logs``, so that a change of a job costs
-    # the same whatever the job has been through. ``owner`` is what the log says, for the condition of an update.
+    # 1. All that is known of jobs is in ``entries``, to which is only ever added; entries.py reads them. ``changed`` is
+    # the search times 2**40 plus the revision of the entry's last change; those of its other changes come before. A job
+    # is the search times 2**40 plus its number. ``new_jobs`` says in which entry so many jobs, from the first on, were
+    # made, and who by; ``places`` in which entries else a job is changed, and ``sums`` a sum over those of 64 jobs, by
+    # which is seen when one is missing; ``adopted`` says to whom a job was given since. The last entry and the last new
+    # job say what comes next, so there is no counter to keep in step.
     (
         "CREATE TABLE searches (id INTEGER PRIMARY KEY)",
         (
             "CREATE TABLE search_values (search INTEGER NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,"
             " PRIMARY KEY (search, key)) WITHOUT ROWID"
         ),
-        "CREATE TABLE jobs (id INTEGER PRIMARY KEY, changed INTEGER NOT NULL, owner TEXT, log BLOB NOT NULL)",
-        "CREATE INDEX jobs_by_change ON jobs (changed)",
+        "CREATE TABLE entries (changed INTEGER PRIMARY KEY, data BLOB NOT NULL)",
         (
-            "CREATE TABLE earlier_logs (job INTEGER NOT NULL, changed INTEGER NOT NULL, log BLOB NOT NULL,"
-            " PRIMARY KEY (job, changed)) WITHOUT ROWID"
+            "CREATE TABLE new_jobs (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, owner TEXT,"
+            " changed INTEGER NOT NULL)"
         ),
+        (
+            "CREATE TABLE places (job INTEGER NOT NULL, changed INTEGER NOT NULL, PRIMARY KEY (job, changed))"
+            " WITHOUT ROWID"
+        ),
+        "CREATE TABLE sums (jobs INTEGER PRIMARY KEY, places INTEGER NOT NULL)",
+        "CREATE TABLE adopted (job INTEGER PRIMARY KEY, owner TEXT NOT NULL)",
     ),
     # 2. ``ends`` is a time of the host's clock, in seconds since 1970; infinite for an owner that is there for good.
     ("CREATE TABLE leases (owner TEXT PRIMARY KEY, ends REAL NOT NULL) WITHOUT ROWID",),

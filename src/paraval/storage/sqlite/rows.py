@@ -14,73 +14,100 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from paraval.storage.base import UnknownIdError
-from paraval.storage.sqlite.logs import DamageError
+from paraval.storage.sqlite.entries import DamageError, Draft, entry
 
 __all__ = [
-    "BITS",
-    "LONG",
-    "Row",
+    "Found",
     "Search",
-    "append",
+    "add_jobs",
+    "are_there",
+    "change_jobs",
     "checked",
-    "insert",
+    "entries_of",
+    "entries_since",
     "job_id",
-    "put_aside",
-    "replace",
-    "revision_of",
-    "row_id",
-    "row_ids",
-    "rows_by_change",
-    "rows_by_id",
+    "note_adopted",
+    "numbers_in_one_search",
+    "numbers_of",
+    "owned_by_others",
     "search_ids",
 ]
 
 T = TypeVar("T")
 
-BITS: Final = 40
-"""The id of a row is that of the search, shifted left by so many, plus the number of the job."""
-_MOST: Final = 2**BITS - 1
+_BITS: Final = 40
+"""A row of a search is the search, shifted left by so many, plus the number of a job, or a revision."""
+_MOST: Final = 2**_BITS - 1
 """Of jobs in a search, and of changes."""
-_SEARCHES: Final = 2 ** (63 - BITS)
+_BITS_OF_SUM: Final = 6
+"""A sum is over the jobs that differ in no more than so many."""
+_SEARCHES: Final = 2 ** (63 - _BITS)
 _MOST_BYTES: Final = 64_000_000
-"""What one statement is given, if it is more than one row; SQLite itself allows 1 GB."""
-LONG: Final = 8000
-"""From so many bytes on, a log may be put aside."""
+"""What one statement is given, if it is more than one entry; SQLite itself allows 1 GB."""
+_MOST_CHANGES: Final = 2**20
+"""In one statement: where in it each lies is told with 22 bits."""
 
 _DIGITS: Final = 13
-_FORMAT: Final = b"%%0%dd" % _DIGITS
 _FEW: Final = 10
 
 _SEARCH: Final = """
 SELECT
-    (SELECT id FROM jobs WHERE id BETWEEN :first AND :last ORDER BY id DESC LIMIT 1),
-    (SELECT changed FROM jobs WHERE changed BETWEEN :first AND :last ORDER BY changed DESC LIMIT 1)
+    (SELECT first + count FROM new_jobs WHERE first BETWEEN :first AND :last ORDER BY first DESC LIMIT 1),
+    (SELECT changed FROM entries WHERE changed BETWEEN :first AND :last ORDER BY changed DESC LIMIT 1)
 FROM searches WHERE id = :search
 """
-# Each number of the array is 2**31 times the place of a piece in the blob, plus its length.
-_INSERT: Final = """
-INSERT INTO jobs (id, changed, owner, log)
-SELECT :row + key, :change + key, :owner, substr(:blob, (value >> 31) + 1, value & 2147483647) FROM json_each(:places)
-"""
-# The numbers of the jobs are decimal digits, as many for each.
-_PIECES: Final = f"""
-INSERT INTO jobs (id, changed, owner, log)
+_ADD_ENTRIES: Final = """
+INSERT INTO entries
 SELECT
-    :first + CAST(substr(:numbers, {_DIGITS} * key + 1, {_DIGITS}) AS INTEGER), :change + key, :owner,
-    substr(:blob, (value >> 31) + 1, value & 2147483647)
-FROM json_each(:places) WHERE true
-ON CONFLICT (id) DO UPDATE SET changed = excluded.changed
-"""  # noqa: S608 - made of constants
-_APPEND: Final = f"{_PIECES}, log = CAST(log || excluded.log AS BLOB) WHERE :owner IS NULL OR owner = :owner"
-_REPLACE: Final = f"{_PIECES}, owner = excluded.owner, log = excluded.log"
-_PUT_ASIDE: Final = """
-INSERT INTO earlier_logs SELECT id, changed, log FROM jobs
-WHERE id IN (SELECT value FROM json_each(?)) AND length(log) > ?
+    :first + json_extract(value, '$[0]'), substr(:blob, json_extract(value, '$[1]'), json_extract(value, '$[2]'))
+FROM json_each(:where)
 """
-_CUT: Final = "UPDATE jobs SET log = x'' WHERE id IN (SELECT value FROM json_each(?)) AND length(log) > ?"
-_EARLIER: Final = (
-    "SELECT job, log FROM earlier_logs WHERE job IN (SELECT value FROM json_each(?)) ORDER BY job, changed"
+_ADD_JOBS: Final = """
+INSERT INTO new_jobs
+SELECT
+    :row + json_extract(value, '$[0]'), json_extract(value, '$[1]'), :owner, :before + json_extract(value, '$[2]')
+FROM json_each(:where)
+"""
+_MADE: Final = "(SELECT {} FROM new_jobs WHERE first <= {} ORDER BY first DESC LIMIT 1)"
+# Each number of the array is that of the job, plus 2**40 times that of the change.
+_NEW_PLACES: Final = f"""
+SELECT :first + (value & {_MOST}) AS job, :before + (value >> {_BITS}) AS changed FROM json_each(:where)
+"""  # noqa: S608 - made of constants
+_ADD_PLACES: Final = f"INSERT INTO places {_NEW_PLACES}"
+_SUM: Final = f"sum(3 * (job & {_MOST}) + (changed & {_MOST}))"
+"""Over places: no bit of any can change and leave it the same."""
+_ADD_SUMS: Final = f"""
+INSERT INTO sums SELECT job >> {_BITS_OF_SUM}, {_SUM} FROM ({_NEW_PLACES}) GROUP BY 1
+ON CONFLICT (jobs) DO UPDATE SET places = places + excluded.places
+"""  # noqa: S608 - likewise
+_HAS_OTHERS: Final = f"""
+SELECT
+    EXISTS (SELECT 1 FROM adopted WHERE job BETWEEN :low AND :high) OR EXISTS (
+        SELECT 1 FROM new_jobs
+        WHERE first BETWEEN {_MADE.format("first", ":low")} AND :high AND owner IS NOT :owner
+    )
+"""  # noqa: S608 - likewise
+_OTHERS: Final = f"""
+SELECT value FROM json_each(:jobs)
+WHERE ifnull((SELECT owner FROM adopted WHERE job = value), {_MADE.format("owner", "value")}) IS NOT :owner
+"""  # noqa: S608 - likewise
+_SINCE: Final = """
+SELECT changed, data FROM entries WHERE changed > :since AND changed <= :last ORDER BY changed LIMIT :limit
+"""
+_PLACES: Final = f"""
+SELECT {_MADE.format("changed", "value")} FROM json_each(:jobs)
+UNION SELECT changed FROM places WHERE job IN (SELECT value FROM json_each(:jobs))
+"""  # noqa: S608 - likewise
+_LACKS_PLACES: Final = f"""
+SELECT EXISTS (
+    SELECT 1 FROM (SELECT DISTINCT value >> {_BITS_OF_SUM} AS some FROM json_each(:jobs))
+    WHERE (SELECT places FROM sums WHERE jobs = some) IS NOT (
+        SELECT {_SUM} FROM places
+        WHERE job BETWEEN some << {_BITS_OF_SUM} AND (some << {_BITS_OF_SUM}) + {2**_BITS_OF_SUM - 1}
+    )
 )
+"""  # noqa: S608 - likewise
+_AT: Final = "SELECT changed, data FROM entries WHERE changed IN (SELECT value FROM json_each(?)) ORDER BY changed"
 
 
 class Search(NamedTuple):
@@ -88,13 +115,13 @@ class Search(NamedTuple):
 
     Attributes:
         number: of the search.
-        next_row: the id of the row that its next job gets.
-        next_change: what its next change is noted as.
+        next_job: the row of its next job.
+        last_change: the row of its last change.
     """
 
     number: int
-    next_row: int
-    next_change: int
+    next_job: int
+    last_change: int
 
     @classmethod
     def look_up(cls, connection: sqlite3.Connection, search_id: str) -> Search:
@@ -106,34 +133,48 @@ class Search(NamedTuple):
         number = int(search_id) if search_id.isdecimal() and len(search_id) < _DIGITS else _SEARCHES
         found = None
         if number < _SEARCHES and str(number) == search_id:
-            first = number << BITS
+            first = number << _BITS
             found = connection.execute(_SEARCH, {"search": number, "first": first, "last": first + _MOST}).fetchone()
         if found is None:
             known = search_ids(connection)
             there = str(known or "none") if len(known) <= _FEW else f"{len(known)}, from '0' on"
             raise UnknownIdError(f"no search {search_id!r:.80} in this storage; it has {there}")
-        row, change = found
-        before = number << BITS
-        return cls(number, before if row is None else row + 1, (before if change is None else change) + 1)
+        next_job, last_change = found
+        first = number << _BITS
+        return cls(
+            number,
+            first if next_job is None else checked(next_job, int),
+            first if last_change is None else last_change,
+        )
+
+    @property
+    def first(self) -> int:
+        """The row of its first job, and the one before that of its first change."""
+        return self.number << _BITS
 
     @property
     def size(self) -> int:
         """How many jobs it has."""
-        return self.next_row & _MOST
+        return self.next_job - self.first
 
     @property
     def revision(self) -> int:
         """Of its last change; 0 if there was none."""
-        return (self.next_change - 1) & _MOST
+        return self.last_change - self.first
 
 
-class Row(NamedTuple):
-    """A job as it is stored; ``log`` is all of it."""
+class Found(NamedTuple):
+    """An entry as it is stored.
 
-    id: int
+    Attributes:
+        changed: where.
+        revision: of its last change.
+        data: its bytes.
+    """
+
     changed: int
-    owner: str | None
-    log: bytes
+    revision: int
+    data: bytes
 
 
 def search_ids(connection: sqlite3.Connection) -> list[str]:
@@ -143,190 +184,173 @@ def search_ids(connection: sqlite3.Connection) -> list[str]:
         DamageError: one is missing.
     """
     found = [number for (number,) in connection.execute("SELECT id FROM searches ORDER BY id")]
-    last_row = connection.execute("SELECT id FROM jobs ORDER BY id DESC LIMIT 1").fetchone()
-    if found != list(range(len(found))) or (last_row is not None and last_row[0] >> BITS >= len(found)):
+    last = connection.execute("SELECT changed FROM entries ORDER BY changed DESC LIMIT 1").fetchone()
+    if found != list(range(len(found))) or (last is not None and last[0] >> _BITS >= len(found)):
         raise DamageError(f"of its searches, only {found} are there")
     return [str(number) for number in found]
 
 
-def row_id(job_id: str) -> int:
-    """Give the id of the row that a job has, if there is one.
+# -- ids ---------------------------------------------------------------------------------------------------------------
+
+
+def numbers_in_one_search(job_ids: Sequence[str]) -> tuple[int, list[int]] | None:
+    """Give the number of their search and those of the jobs, if they are all of one: in few steps for any number."""
+    search, dot, _ = job_ids[0].partition(".")
+    begin = len(search) + 1
+    digits = [job_id[begin:] for job_id in job_ids]
+    try:
+        numbers = list(map(int, digits))
+    except ValueError:
+        return None
+    is_one = {job_id[:begin] for job_id in job_ids} == {search + dot} and ", ".join(digits) == str(numbers)[1:-1]
+    if not is_one or min(numbers) < 0 or max(numbers) > _MOST:
+        return None
+    return numbers_of(job_ids[0])[0], numbers
+
+
+def numbers_of(job_id: str) -> tuple[int, int]:
+    """Give the number of a job's search, and its own.
 
     Raises:
-        UnknownIdError: there can be none.
+        UnknownIdError: there can be no such job.
     """
     search_id, dot, digits = job_id.rpartition(".")
     try:
-        first, number = _first_row(search_id), int(digits)
+        search, number = int(search_id), int(digits)
     except ValueError:
-        first = number = -1
-    if first >= 0 and 0 <= number <= _MOST and str(number) == digits:
-        return first + number
+        search = number = -1
+    if 0 <= search < _SEARCHES and 0 <= number <= _MOST and f"{search}.{number}" == job_id:
+        return search, number
     if not dot:
         raise UnknownIdError(f"{job_id!r} is no job id: it should look like '0.12' (search, dot, number)")
     raise UnknownIdError(f"no job {job_id!r} in this storage")
 
 
-def row_ids(job_ids: Sequence[str]) -> list[int]:
-    """Give the ids of the rows that jobs have, if there are such jobs.
-
-    Raises:
-        UnknownIdError: there can be none.
-    """
-    if not job_ids:
-        return []
-    first = row_id(job_ids[0]) & ~_MOST
-    search_id, skipped = first >> BITS, job_ids[0].index(".") + 1
-    try:
-        numbers = [int(job_id[skipped:]) for job_id in job_ids]
-    except ValueError:
-        numbers = []
-    # Mostly they are of one search; then all can be looked at in few steps.
-    if [f"{search_id}.{number}" for number in numbers] == job_ids and min(numbers) >= 0 and max(numbers) <= _MOST:
-        return [first + number for number in numbers]
-    return [row_id(job_id) for job_id in job_ids]
-
-
-def _first_row(search_id: str) -> int:
-    """Give the id of the row of a search's first job; -1 if it can have none."""
-    number = int(search_id)
-    return number << BITS if 0 <= number < _SEARCHES and str(number) == search_id else -1
-
-
-def job_id(row: int) -> str:
-    """Give the id of the job in a row."""
-    return f"{row >> BITS}.{row & _MOST}"
-
-
-def revision_of(changed: int) -> int:
-    """Give the revision of a change."""
-    return changed & _MOST
-
-
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def insert(connection: sqlite3.Connection, search: Search, owner: str | None, logs: Sequence[bytes]) -> Search:
-    """Add jobs; give where the search goes on then."""
-    row, change = search.next_row, search.next_change
-    for some in _parts(logs):
-        connection.execute(_INSERT, {"row": row, "change": change, "owner": owner, **_packed(some)})
-        row, change = row + len(some), change + len(some)
-    put_aside(connection, [search.next_row + index for index, log in enumerate(logs) if len(log) > LONG])
-    return Search(search.number, row, change)
+def add_jobs(connection: sqlite3.Connection, search: Search, owner: str | None, drafts: Sequence[Draft]) -> Search:
+    """Add jobs of one owner; give where the search goes on then."""
+    for some in _parts(drafts):
+        where, end = [], 0
+        for draft in some:
+            where.append((end, draft.size, end + draft.size))
+            end += draft.size
+        given = {"row": search.next_job, "before": search.last_change, "owner": owner, "where": _json(where)}
+        connection.execute(_ADD_JOBS, given)
+        _add_entries(connection, search, some)
+        search = Search(search.number, search.next_job + end, search.last_change + end)
+    return search
 
 
-def append(
-    connection: sqlite3.Connection, search: Search, owner: str | None, rows: Sequence[int], logs: Sequence[bytes]
-) -> Search:
-    """Add to the logs of jobs that are there, in this order; give where the search goes on then.
-
-    Args:
-        connection: in a transaction.
-        search: of the jobs.
-        owner: leave out the jobs that have another; None: none.
-        rows: one for each change; one may be there several times.
-        logs: what is added.
-    """
-    return _write_pieces(connection, _APPEND, search, owner, rows, logs)
+def are_there(connection: sqlite3.Connection, search: Search, drafts: Sequence[Draft]) -> bool:
+    """Whether these jobs have been added where the search goes on."""
+    expected = [Found(search.first + revision, revision, data) for revision, data in _entries(search, drafts)]
+    return entries_since(connection, search, search.revision, len(drafts)) == expected
 
 
-def replace(
-    connection: sqlite3.Connection, search: Search, owner: str, rows: Sequence[int], logs: Sequence[bytes]
-) -> Search:
-    """Give jobs that are there new logs and an owner; give where the search goes on then."""
-    connection.execute("DELETE FROM earlier_logs WHERE job IN (SELECT value FROM json_each(?))", (_json(rows),))
-    return _write_pieces(connection, _REPLACE, search, owner, rows, logs)
+def change_jobs(connection: sqlite3.Connection, search: Search, drafts: Sequence[Draft]) -> Search:
+    """Change jobs that are there, in this order; give where the search goes on then."""
+    for some in _parts(drafts):
+        where, end = [], 0
+        for draft in some:
+            end += draft.size
+            place = end << _BITS
+            where += [place | number for number in dict.fromkeys(draft.numbers)]
+        given = {"first": search.first, "before": search.last_change, "where": _json(where)}
+        connection.execute(_ADD_PLACES, given)
+        connection.execute(_ADD_SUMS, given)
+        _add_entries(connection, search, some)
+        search = search._replace(last_change=search.last_change + end)
+    return search
 
 
-def put_aside(connection: sqlite3.Connection, rows: Sequence[int]) -> None:
-    """Put what is long of the logs in these rows where it need not be written again with each change."""
-    if rows and connection.execute(_PUT_ASIDE, (_json(rows), LONG)).rowcount:
-        connection.execute(_CUT, (_json(rows), LONG))
+def _add_entries(connection: sqlite3.Connection, search: Search, drafts: Sequence[Draft]) -> None:
+    datas, where = [], []
+    place = 1  # SQLite counts bytes from 1
+    for revision, data in _entries(search, drafts):
+        datas.append(data)
+        where.append((revision, place, len(data)))
+        place += len(data)
+    given = {"first": search.first, "blob": b"".join(datas), "where": _json(where)}
+    connection.execute(_ADD_ENTRIES, given)
 
 
-def _write_pieces(
-    connection: sqlite3.Connection,
-    statement: str,
-    search: Search,
-    owner: str | None,
-    rows: Sequence[int],
-    logs: Sequence[bytes],
-) -> Search:
-    first, change = search.number << BITS, search.next_change
-    start = 0
-    for some in _parts(logs):
-        end = start + len(some)
-        numbers = _FORMAT * len(some) % tuple([row & _MOST for row in rows[start:end]])
-        given = {"first": first, "change": change + start, "owner": owner, "numbers": numbers, **_packed(some)}
-        connection.execute(statement, given)
-        start = end
-    return Search(search.number, search.next_row, change + start)
+def _entries(search: Search, drafts: Sequence[Draft]) -> Iterator[tuple[int, bytes]]:
+    """Give the revision of each entry's last change, and its bytes."""
+    size, revision = search.size, search.revision
+    for draft in drafts:
+        revision += draft.size
+        yield revision, entry(draft, size, search.first + revision)
+        size += draft.size
 
 
-def _parts(blobs: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
-    """Give the blobs in as many lists as it takes for none to be too large for one statement."""
-    if sum(map(len, blobs)) <= _MOST_BYTES:
-        if blobs:
-            yield blobs
-        return
-    start = size = 0
-    for index, blob in enumerate(blobs):
-        if size and size + len(blob) > _MOST_BYTES:
-            yield blobs[start:index]
-            start, size = index, 0
-        size += len(blob)
-    yield blobs[start:]
+def note_adopted(connection: sqlite3.Connection, search: Search, numbers: Sequence[int], owner: str) -> None:
+    """Note who has jobs from now on."""
+    jobs = _json([search.first + number for number in numbers])
+    connection.execute("REPLACE INTO adopted SELECT value, ? FROM json_each(?)", (owner, jobs))
 
 
-def _packed(blobs: Sequence[bytes]) -> dict[str, bytes | str]:
-    places = []
-    start = 0
-    for blob in blobs:
-        length = len(blob)
-        places.append(start << 31 | length)
-        start += length
-    return {"blob": b"".join(blobs), "places": _json(places)}
+def owned_by_others(
+    connection: sqlite3.Connection, search: Search, numbers: Sequence[int], owner: str
+) -> frozenset[int]:
+    """Give the numbers of those of these jobs that are not this owner's."""
+    low, high = search.first + min(numbers), search.first + max(numbers)
+    # Mostly all that are near are, which can be seen without a look at each.
+    ((has_others,),) = connection.execute(_HAS_OTHERS, {"low": low, "high": high, "owner": owner})
+    if not has_others:
+        return frozenset()
+    jobs = _json([search.first + number for number in numbers])
+    found = connection.execute(_OTHERS, {"jobs": jobs, "owner": owner})
+    return frozenset(row - search.first for (row,) in found)
 
 
-def _json(numbers: Sequence[int]) -> str:
-    return msgspec.json.encode(numbers).decode()
+def _parts(drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:
+    """Give them in as many lists as it takes for none to be too large for one statement."""
+    start = size = count = 0
+    for index, draft in enumerate(drafts):
+        if index > start and (size + len(draft.payload) > _MOST_BYTES or count + draft.size > _MOST_CHANGES):
+            yield drafts[start:index]
+            start, size, count = index, 0, 0
+        size += len(draft.payload)
+        count += draft.size
+    if drafts:
+        yield drafts[start:]
+
+
+def _json(values: Sequence[Any]) -> str:
+    return msgspec.json.encode(values).decode()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def rows_by_id(connection: sqlite3.Connection, ids: Sequence[int]) -> dict[int, Row]:
-    """Give those of these rows that there are."""
-    found = connection.execute(
-        "SELECT id, changed, owner, log FROM jobs WHERE id IN (SELECT value FROM json_each(?))", (_json(ids),)
-    )
-    return {row.id: row for row in _whole(connection, found.fetchall())}
+def entries_since(connection: sqlite3.Connection, search: Search, since: int, limit: int) -> list[Found]:
+    """Give the entries after a revision, oldest first, at most so many."""
+    first = search.first
+    given = {"since": first + min(max(since, 0), _MOST), "last": first + _MOST, "limit": limit}
+    return _found(search, connection.execute(_SINCE, given))
 
 
-def rows_by_change(connection: sqlite3.Connection, search: Search, since: int, limit: int) -> list[Row]:
-    """Give the rows that changed after a revision, in the order of their last change, at most so many."""
-    first = search.number << BITS
-    found = connection.execute(
-        "SELECT id, changed, owner, log FROM jobs WHERE changed > ? AND changed <= ? ORDER BY changed LIMIT ?",
-        (first + min(max(since, 0), _MOST), first + _MOST, limit),
-    )
-    changed = _whole(connection, found.fetchall())
-    for row in changed:
-        if row.id >> BITS != search.number:
-            raise DamageError(f"its index of changes leads from search {search.number} to job {job_id(row.id)!r}")
-    return changed
+def entries_of(connection: sqlite3.Connection, search: Search, numbers: Sequence[int]) -> list[Found]:
+    """Give all entries that speak of these jobs, of which there are such, oldest first.
+
+    Raises:
+        DamageError: one is missing.
+    """
+    jobs = _json([search.first + number for number in numbers])
+    places = [checked(place, int) for (place,) in connection.execute(_PLACES, {"jobs": jobs}).fetchall()]
+    found = _found(search, connection.execute(_AT, (_json(places),)))
+    if len(found) != len(places):
+        raise DamageError(f"of {len(places)} entries, {len(found)} are there")
+    ((lacks_places,),) = connection.execute(_LACKS_PLACES, {"jobs": jobs})
+    if lacks_places:
+        raise DamageError("what it says of where jobs were changed is not what was written")
+    return found
 
 
-def _whole(connection: sqlite3.Connection, found: list[tuple[Any, ...]]) -> list[Row]:
-    """Put before each log what was put aside of it."""
-    earlier: dict[int, list[bytes]] = {}
-    for row, log in connection.execute(_EARLIER, (_json([values[0] for values in found]),)):
-        earlier.setdefault(row, []).append(checked(log, bytes))
-    return [
-        Row(row, checked(changed, int), owner, b"".join([*earlier.get(row, ()), checked(log, bytes)]))
-        for row, changed, owner, log in found
-    ]
+def _found(search: Search, rows: sqlite3.Cursor) -> list[Found]:
+    return [Found(changed, checked(changed, int) - search.first, data) for changed, data in rows.fetchall()]
 
 
 def checked(value: Any, kind: type[T]) -> T:
@@ -334,3 +358,8 @@ def checked(value: Any, kind: type[T]) -> T:
     if type(value) is not kind:
         raise DamageError(f"it holds {value!r:.80} in place of {kind.__name__}")
     return value
+
+
+def job_id(search: Search, number: int) -> str:
+    """Give the id of a job."""
+    return f"{search.number}.{number}"

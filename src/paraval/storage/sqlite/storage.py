@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from msgspec import UNSET
-
 from paraval.errors import BadValueError, CorruptStoreError, WrongTypeError
 from paraval.storage.base import Storage, UnknownIdError
-from paraval.storage.codec import encode_change, encode_record
 from paraval.storage.records import JobChange, JobRecord, adopt
-from paraval.storage.sqlite import rows
+from paraval.storage.sqlite import entries, rows
 from paraval.storage.sqlite.database import ClosedError, Database, TakenError
-from paraval.storage.sqlite.logs import DamageError, frames, read_log, sealed, unsealed
-from paraval.storage.sqlite.rows import BITS, LONG, Row, Search, job_id, revision_of, row_id
+from paraval.storage.sqlite.entries import DamageError, History, sealed, unsealed
+from paraval.storage.sqlite.rows import Found, Search
 
 __all__ = ["SqliteStorage"]
 
@@ -59,7 +56,7 @@ class SqliteStorage(Storage):
         folder, name = os.path.split(text)
         self._path = Path(os.path.realpath(folder), name)
         self._timeout = timeout
-        self._lost: list[tuple[range, TakenError]] = []
+        self._lost: list[tuple[int, range, TakenError]] = []
         self._database: Database | None = None
         self._use(Database.open(self._path, timeout, may_create=True))
 
@@ -161,11 +158,11 @@ class SqliteStorage(Storage):
 
         def again(before: Search) -> Callable[[sqlite3.Connection], object]:
             def call(connection: sqlite3.Connection) -> None:
-                if Search.look_up(connection, search_id).next_row == before.next_row:
+                if Search.look_up(connection, search_id).next_job == before.next_job:
                     new.add(connection)
                 elif not new.is_there(connection, before):
-                    first, end = before.next_row, before.next_row + new.count
-                    lost.append((range(first, end), error := _taken(path, first, end - 1)))
+                    numbers = range(before.size, before.size + new.count)
+                    lost.append((before.number, numbers, error := _taken(path, before, numbers)))
                     raise error
 
             return call
@@ -193,30 +190,40 @@ class SqliteStorage(Storage):
             self._write(call)
 
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
-        wanted = [row_id(job_id) for job_id in job_ids]
+        wanted = [rows.numbers_of(job_id) for job_id in job_ids]
 
-        def call(connection: sqlite3.Connection) -> dict[int, Row]:
-            return _find(connection, wanted)
+        def call(connection: sqlite3.Connection) -> dict[tuple[int, int], JobRecord]:
+            return {key: record for _, some in _find(connection, wanted) for key, record in some.items()}
 
         found = self._read(call)
-        return [self._record(found[row]) for row in wanted]
+        return [found[key] for key in wanted]
 
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
-        # In several steps, so that others get their turns. A row that changes meanwhile moves to the end, which is read
-        # in the last step: so what is found is the state at that step.
-        found: dict[int, Row] = {}
-        position, limit = since, _FIRST_STEP
+        # In several steps, so that others get their turns. What is read is of the moment of the last step, as entries
+        # are never changed.
+        since = max(since, 0)
+        entries: list[Found] = []
+        limit = _FIRST_STEP
         while True:
-            search, some = self._read(partial(_changed, search_id, position, limit))
-            for row in some:
-                found.pop(row.id, None)
-                found[row.id] = row
+            last = entries[-1].revision if entries else since
+            search, some = self._read(partial(_entries_since, search_id, last, limit))
+            entries += some
             if len(some) < limit:
                 break
-            position, limit = revision_of(some[-1].changed), 2 * limit
-        if since <= 0 and len(found) != search.size:
-            raise self._damaged(f"of the {search.size} jobs of search {search_id!r}, {len(found)} are there")
-        return [self._record(row) for row in found.values()], search.revision
+            limit *= 2
+        try:
+            history = _replayed(entries, since)
+            if history.unknown:  # they are older
+                older = self._read(lambda connection: rows.entries_of(connection, search, list(history.unknown)))
+                history = _replayed(entries, since, [one for one in older if one.revision <= since], history.unknown)
+        except DamageError as exc:
+            raise self._damaged(f"search {search_id!r} cannot be read: {exc}") from exc
+        records = history.records
+        if len(records) != search.size and since == 0:
+            raise self._damaged(f"of the {search.size} jobs of search {search_id!r}, {len(records)} are there")
+        for number, record in records.items():
+            record.id = rows.job_id(search, number)
+        return [record for record in records.values() if record.revision > since], search.revision
 
     # -- leases: by the clock of the host, which is one for all who can share a file -----------------------------------
 
@@ -237,22 +244,24 @@ class SqliteStorage(Storage):
         return self._read(call)
 
     def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
-        wanted = {row_id(job_id): revision for job_id, revision in revisions.items()}
+        wanted = {rows.numbers_of(job_id): (job_id, revision) for job_id, revision in revisions.items()}
 
         def call(connection: sqlite3.Connection) -> set[str]:
-            found = _find(connection, list(wanted))
-            unchanged = [found[row] for row, revision in wanted.items() if revision_of(found[row].changed) == revision]
-            for number, group in groupby(unchanged, lambda row: row.id >> BITS):
-                places, encoded = [], []
-                for row in group:
-                    record = self._record(row)
-                    adopt(record, owner)
-                    record.id, record.revision = "", 0
-                    places.append(row.id)
-                    encoded.append(encode_record(record))
-                search = Search.look_up(connection, str(number))
-                rows.replace(connection, search, owner, places, frames(encoded, places))
-            return {job_id(row.id) for row in unchanged}
+            adopted = set()
+            for search, found in _find(connection, list(wanted)):
+                numbers, records = [], []
+                for key, record in found.items():
+                    job_id, revision = wanted[key]
+                    if record.revision == revision:
+                        adopted.add(job_id)
+                        adopt(record, owner)
+                        record.id, record.revision = "", 0
+                        numbers.append(key[1])
+                        records.append(record)
+                if numbers:
+                    rows.change_jobs(connection, search, entries.adoptions(numbers, records))
+                    rows.note_adopted(connection, search, numbers, owner)
+            return adopted
 
         return self._write(call)
 
@@ -278,29 +287,18 @@ class SqliteStorage(Storage):
 
     def _refuse_lost(self, changes: Sequence[JobChange]) -> None:
         """Raise if a change is of a job that was given a number and never saved: the job of this number is another."""
-        for change in changes:
-            row = row_id(change.id)
-            for lost, error in self._lost:
-                if row in lost:
+        for search, number in [rows.numbers_of(change.id) for change in changes]:
+            for in_search, lost, error in self._lost:
+                if search == in_search and number in lost:
                     raise TakenError(str(error))
 
     def _damaged(self, how: str) -> CorruptStoreError:
         return CorruptStoreError(f"the store {str(self._path)!r} is damaged: {how}; take a copy of it from before")
 
-    def _record(self, row: Row) -> JobRecord:
-        name = job_id(row.id)
-        try:
-            record = read_log(row.log, row.id)
-        except DamageError as exc:
-            raise self._damaged(f"job {name!r} cannot be read: {exc}") from exc
-        if record.owner != row.owner:
-            raise self._damaged(f"job {name!r} belongs to {row.owner!r}, but in its log to {record.owner!r}")
-        record.id, record.revision = name, revision_of(row.changed)
-        return record
 
-
-def _taken(path: Path, first: int, last: int) -> TakenError:
-    which = f"job {job_id(first)}" if first == last else f"jobs {job_id(first)} to {job_id(last)}"
+def _taken(path: Path, search: Search, numbers: range) -> TakenError:
+    first, last = rows.job_id(search, numbers[0]), rows.job_id(search, numbers[-1])
+    which = f"job {first}" if first == last else f"jobs {first} to {last}"
     return TakenError(
         f"{which} could not be saved when the store {str(path)!r} failed, and by now another program has jobs of these "
         "numbers in it: submit anew what you had submitted"
@@ -315,32 +313,24 @@ class _New:
         size: how many bytes.
     """
 
-    __slots__ = ("_encoded", "_owners", "_search_id", "count", "size")
+    __slots__ = ("_groups", "_search_id", "count", "size")
 
     def __init__(self, search_id: str, records: Sequence[JobRecord]) -> None:
         self._search_id = search_id
-        self._encoded = [encode_record(record) for record in records]
-        self._owners = [
-            (owner, sum(1 for _ in group)) for owner, group in groupby([record.owner for record in records])
-        ]
+        self._groups = [(owner, entries.new_jobs(list(some))) for owner, some in groupby(records, attrgetter("owner"))]
         self.count = len(records)
-        self.size = sum(map(len, self._encoded))
+        self.size = sum(len(draft.payload) for _, drafts in self._groups for draft in drafts)
 
     def add(self, connection: sqlite3.Connection) -> Search:
         """Write them; give where the search went on before."""
         before = search = Search.look_up(connection, self._search_id)
-        for owner, count in self._owners:
-            start = search.next_row - before.next_row
-            logs = frames(self._encoded[start : start + count], itertools.count(search.next_row))
-            search = rows.insert(connection, search, owner, logs)
+        for owner, drafts in self._groups:
+            search = rows.add_jobs(connection, search, owner, drafts)
         return before
 
     def is_there(self, connection: sqlite3.Connection, before: Search) -> bool:
         """Whether they have been written where the search went on before: a commit that failed may have succeeded."""
-        places = list(range(before.next_row, before.next_row + self.count))
-        found = rows.rows_by_id(connection, places)
-        logs = frames(self._encoded, places)
-        return all(row in found and found[row].log.startswith(log) for row, log in zip(places, logs, strict=True))
+        return rows.are_there(connection, before, [draft for _, drafts in self._groups for draft in drafts])
 
     def number(self, records: Sequence[JobRecord], before: Search) -> None:
         """Give the records the ids and revisions that they have then."""
@@ -358,67 +348,106 @@ class _Changes:
         search: the number of the search.
     """
 
-    __slots__ = ("_by", "_grown", "_logs", "_rows", "search")
+    __slots__ = ("_by", "_changes", "_drafts", "_numbers", "search")
 
-    def __init__(self, rows: list[int], changes: Sequence[JobChange]) -> None:
-        self.search = rows[0] >> BITS
+    def __init__(self, search: int, numbers: list[int], changes: Sequence[JobChange]) -> None:
+        self.search = search
         self._by = changes[0].by
-        self._rows = rows
-        encoded = [encode_change(change) for change in changes]
-        self._logs = frames(encoded, rows)
-        self._grown: list[int] = []  # rows whose logs may become long: by a note, of which there may be many
-        if max(map(len, encoded)) > LONG or UNSET in [change.status for change in changes]:
-            self._grown = [
-                row
-                for row, change, data in zip(rows, changes, encoded, strict=True)
-                if change.status is UNSET or len(data) > LONG
-            ]
+        self._numbers = numbers
+        self._changes = changes
+        self._drafts = entries.changes(numbers, changes)
 
     def check(self, search: Search) -> None:
         """Raise if there is no such job; the jobs of a search are numbered without a gap."""
-        last = max(self._rows)
-        if last >= search.next_row:
-            raise UnknownIdError(f"no job {job_id(last)!r} in this storage")
+        last = max(self._numbers)
+        if last >= search.size:
+            raise UnknownIdError(f"no job {rows.job_id(search, last)!r} in this storage")
 
     def write(self, connection: sqlite3.Connection, search: Search) -> Search:
-        search = rows.append(connection, search, self._by, self._rows, self._logs)
-        rows.put_aside(connection, self._grown)
-        return search
+        drafts, by = self._drafts, self._by
+        if by is not None and (others := rows.owned_by_others(connection, search, self._numbers, by)):
+            for _, found in _find(connection, [(self.search, number) for number in others]):
+                for record in found.values():
+                    if record.owner == by:
+                        raise DamageError(f"job {record.id!r} is noted as another's, and is {by!r}'s")
+            some = [
+                (number, change)
+                for number, change in zip(self._numbers, self._changes, strict=True)
+                if number not in others
+            ]
+            drafts = entries.changes([number for number, _ in some], [change for _, change in some])
+        return rows.change_jobs(connection, search, drafts)
 
 
 def _grouped(changes: Sequence[JobChange]) -> list[_Changes]:
     if not changes:
         return []
-    places = rows.row_ids([change.id for change in changes])
-    if min(places) >> BITS == max(places) >> BITS and len({change.by for change in changes}) == 1:
-        return [_Changes(places, changes)]
+    if len({change.by for change in changes}) == 1:  # mostly
+        of_one = rows.numbers_in_one_search([change.id for change in changes])
+        if of_one is not None:
+            return [_Changes(*of_one, changes)]
+    keys = [rows.numbers_of(change.id) for change in changes]
     groups = []
     start = 0
-    for _, group in groupby(zip(places, changes, strict=True), lambda one: (one[0] >> BITS, one[1].by)):
+    for (search, _), group in groupby(zip(keys, changes, strict=True), lambda one: (one[0][0], one[1].by)):
         end = start + sum(1 for _ in group)
-        groups.append(_Changes(places[start:end], changes[start:end]))
+        groups.append(_Changes(search, [number for _, number in keys[start:end]], changes[start:end]))
         start = end
     return groups
 
 
-def _find(connection: sqlite3.Connection, wanted: Sequence[int]) -> dict[int, Row]:
-    """Give these rows, all of them."""
-    found = rows.rows_by_id(connection, wanted)
-    for row in wanted:
-        if row not in found:
-            if row < Search.look_up(connection, str(row >> BITS)).next_row:
-                raise DamageError(f"job {job_id(row)!r} is missing, though there are later ones")
-            raise UnknownIdError(f"no job {job_id(row)!r} in this storage")
-    return found
+def _find(
+    connection: sqlite3.Connection, wanted: Sequence[tuple[int, int]]
+) -> Iterator[tuple[Search, dict[tuple[int, int], JobRecord]]]:
+    """Give the records of these jobs, all of them, by their numbers, in this order; one search after the other."""
+    by_search: dict[int, dict[int, None]] = {}  # a dict is an ordered set
+    for search_number, number in wanted:
+        by_search.setdefault(search_number, {})[number] = None
+    for search_number, numbers in by_search.items():
+        try:
+            search = Search.look_up(connection, str(search_number))
+        except UnknownIdError:
+            raise UnknownIdError(f"no job '{search_number}.{min(numbers)}' in this storage") from None
+        if max(numbers) >= search.size:
+            raise UnknownIdError(f"no job {rows.job_id(search, max(numbers))!r} in this storage")
+        history = History()
+        for one in rows.entries_of(connection, search, list(numbers)):
+            history.take(*one, numbers)
+        found = {}
+        for number in numbers:
+            record = history.records.get(number)
+            if record is None:
+                raise DamageError(f"job {rows.job_id(search, number)!r} is missing, though there are later ones")
+            record.id = rows.job_id(search, number)
+            found[search_number, number] = record
+        yield search, found
 
 
-def _changed(search_id: str, since: int, limit: int, connection: sqlite3.Connection) -> tuple[Search, list[Row]]:
+def _entries_since(
+    search_id: str, since: int, limit: int, connection: sqlite3.Connection
+) -> tuple[Search, list[Found]]:
     search = Search.look_up(connection, search_id)
-    return search, rows.rows_by_change(connection, search, since, limit)
+    return search, rows.entries_since(connection, search, since, limit)
+
+
+def _replayed(
+    found: Sequence[Found], since: int, older: Sequence[Found] = (), of_older: Container[int] = ()
+) -> History:
+    """Go through all entries after a revision; of older ones, through what they say of some jobs."""
+    history = History()
+    for one in older:
+        history.take(*one, of_older)
+    last = since
+    for one in found:
+        before = one.revision - history.take(*one)
+        if before > last or (last > since and before != last):
+            raise DamageError(f"its changes {last + 1} to {before} are missing")
+        last = one.revision
+    return history
 
 
 _NEW_SEARCH: Final = "INSERT INTO searches SELECT ifnull(max(id) + 1, 0) FROM searches"
-_FIRST_STEP: Final = 1000
+_FIRST_STEP: Final = 100
 _LARGE: Final = 4_000_000
 """Bytes of new jobs that are written at once, as SQLite could not keep them in memory until later."""
 _using: Final = threading.Lock()

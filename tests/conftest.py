@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from runfunctions import Flags
+from support import until
+from workers import children
 
 # The same examples on every run: a failure is a change's fault, not chance's. --hypothesis-profile=explore draws more.
 # No deadline and no complaint about slowness: the machine may be busy with something else.
@@ -71,3 +79,46 @@ def no_thread_left_behind() -> Iterator[None]:
         thread.join(max(0.0, deadline - time.monotonic()))
     if leaked := left():
         pytest.fail(f"threads left behind: {', '.join(sorted(thread.name for thread in leaked))}", pytrace=False)
+
+
+@pytest.fixture
+def no_process_left_behind() -> Iterator[None]:
+    """Fail the test after which a process that it started exists."""
+    before = children()
+    yield
+    until(lambda: children() <= before)
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> Flags:
+    """Over which jobs in any process and their test talk."""
+    return Flags(tmp_path)
+
+
+# -- stores in files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["rollback", "wal"])
+def journal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to write, whatever the version of SQLite; one process alone may write ahead with every version."""
+    monkeypatch.setattr("paraval.storage.sqlite.opening.has_sound_wal", lambda _: request.param == "wal")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def quick_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a sync costs nothing, for what commits very often and is not about power losses."""
+    memory = Path("/dev/shm")  # noqa: S108 - a folder of our own in it
+    if not os.access(memory, os.W_OK):
+        yield tmp_path_factory.mktemp("quick")
+        return
+    folder = memory / f"paraval-test-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def new_path(quick_folder: Path) -> Callable[[], Path]:
+    """Give, each time it is called, the path of a store in a folder of its own."""
+    return lambda: Path(tempfile.mkdtemp(dir=quick_folder)) / "store.db"

@@ -38,6 +38,14 @@ def make(method: str, function: Callable[..., Any], **kwargs: Any) -> Evaluator:
     return Evaluator.create(function, method, kwargs)
 
 
+def run_all(evaluator: Evaluator, args_list: list[dict[str, Any]]) -> list[Job]:
+    """Run jobs, and close the evaluator; give them in the order of submission."""
+    with evaluator:
+        evaluator.submit(args_list)
+        evaluator.gather("ALL")
+        return evaluator.jobs
+
+
 def double(job: RunningJob) -> float:
     return float(job["x"] * 2)
 

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 from anyio.lowlevel import checkpoint
 
@@ -100,7 +101,8 @@ async def test_a_batch_waits_for_its_size(method: str, stage: Stage) -> None:
             group.start_soon(gather)
             stage.release(0)
             await until_async(lambda: evaluator.statistics().done == 2)
-            await anyio.sleep(0.01)
+            stage.release(9)
+            await soon(evaluator.evaluate_async({"x": 9}))  # whoever was woken by the job before has gone on by now
             assert not gathered
             stage.release(3)
             await until_async(lambda: gathered)
@@ -186,7 +188,8 @@ async def test_two_tasks_share_the_results(method: str, stage: Stage) -> None:
             await checkpoint()
             stage.release(0)
             await until_async(lambda: batches)
-            await anyio.sleep(0.01)
+            stage.release(9)
+            await soon(evaluator.evaluate_async({"x": 9}))  # whoever was woken by the job before has gone on by now
             assert batches == [[0]]  # the other goes on waiting: a job is in flight
             stage.release(1)
         assert batches == [[0], [1]]
@@ -542,7 +545,9 @@ async def test_the_other_jobs_of_a_batch_outlive_a_cancelled_one(method: str) ->
             begin.open()
             await started.opened()  # these four are one batch
             group.cancel_scope.cancel()
-        await anyio.sleep(0.2)  # longer than the grace
+        engine = evaluator._life.engine
+        assert engine is not None
+        await until_async(lambda: not engine._deadlines._heap)  # the grace is over, and what was to come after it
         hold.open()
         jobs = await soon(evaluator.gather_async("ALL"))
         assert {job.args["x"]: (job.status.name, job.output) for job in jobs} == {
@@ -647,6 +652,52 @@ async def test_two_evaluators_in_one_block(method: str) -> None:
 
 
 # -- leaving the block -------------------------------------------------------------------------------------------------
+
+
+async def test_it_may_be_left_in_another_task(method: str, stage: Stage) -> None:
+    """As fixtures and the hooks of a service's start and end do."""
+    evaluator = make(method, stage.function(method))
+    async with anyio.create_task_group() as group:
+        group.start_soon(evaluator.__aenter__)
+    stage.release(0)
+    await evaluator.submit_async(configurations(2))
+    assert outputs(await soon(evaluator.gather_async("BATCH", 1))) == [0]
+    await stage.started(1).opened()
+    async with anyio.create_task_group() as group:
+        group.start_soon(evaluator.__aexit__, None, None, None)
+    assert [job.status for job in evaluator.jobs] == [JobStatus.DONE, JobStatus.CANCELLED]
+    async with evaluator:
+        assert (await soon(evaluator.evaluate_async({"x": 0}))).output == 0
+
+
+async def test_what_was_entered_may_be_left_in_any_order(method: str) -> None:
+    first, second = make(method, double), make(method, double)
+    await first.__aenter__()
+    with anyio.CancelScope():
+        await second.__aenter__()
+        await first.submit_async(configurations(2))
+        await second.submit_async(configurations(3))
+        assert len(await soon(first.gather_async("ALL"))) == 2
+        await first.__aexit__(None, None, None)
+    assert len(await soon(second.gather_async("ALL"))) == 3
+    await second.__aexit__(None, None, None)
+
+
+async def test_what_is_submitted_while_the_block_ends_does_not_keep_it(method: str, stage: Stage) -> None:
+    class Submits(Callback):
+        def on_close(self) -> None:
+            thread = threading.Thread(target=evaluator.submit, args=([{"x": "late"}],))
+            thread.start()
+            thread.join()
+
+    async with make(method, stage.function(method), callbacks=[Submits()]) as evaluator:
+        stage.release(0)
+        assert (await soon(evaluator.evaluate_async({"x": 0}))).output == 0
+    assert {job.status for job in evaluator.jobs} <= {JobStatus.CANCELLED}
+    evaluator.callbacks.clear()
+    stage.release(1)
+    assert (await soon(evaluator.evaluate_async({"x": 1}))).output == 1  # in a thread of its own
+    await evaluator.aclose()
 
 
 async def test_leaving_cancels_what_runs(method: str, stage: Stage) -> None:
@@ -790,6 +841,22 @@ async def test_it_opens_again_inside_and_after_the_block(method: str) -> None:
     assert evaluator.statistics().done == 10
 
 
+async def test_aclose_needs_none_of_the_threads_that_a_program_has(method: str) -> None:
+    """They may all wait for what happens after it."""
+    evaluator = make(method, double)
+    assert (await soon(evaluator.evaluate_async({"x": 1}))).output == 2.0
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    borrowers = [object() for _ in range(int(limiter.total_tokens))]
+    for borrower in borrowers:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+    try:
+        with anyio.fail_after(20, shield=True):
+            await evaluator.aclose()
+    finally:
+        for borrower in borrowers:
+            limiter.release_on_behalf_of(borrower)
+
+
 async def test_several_tasks_may_close_at_a_time(method: str, stage: Stage) -> None:
     async with make(method, stage.function(method)) as evaluator:
         await evaluator.submit_async(configurations(3))
@@ -924,8 +991,6 @@ async def test_submit_waits_while_too_many_jobs_are_pending(method: str, stage: 
 
             group.start_soon(submit)
             await until_async(lambda: len(evaluator.jobs) == 3)  # one runs, two wait
-            await anyio.sleep(0.02)
-            assert len(evaluator.jobs) == 3
             assert not submitted.is_open
             stage.release(0)
             await until_async(lambda: len(evaluator.jobs) == 4)

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -20,18 +14,12 @@ import support
 from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
 from paraval.callback import Callback
 from runfunctions import Flags
-from support import CountingStorage, configurations, outputs, soon, until, until_async
-from workers import errors, no_process_left_behind, timed_out
+from support import CountingStorage, configurations, outputs, run_all, soon, until, until_async
+from workers import LOKY, errors, processes, timed_out, worker_marks
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-    pytest.mark.filterwarnings("error"),
-]
+pytestmark = worker_marks
 
 METHODS = ["serial", "thread", "process"]
-LOKY = pytest.param(
-    "loky", marks=pytest.mark.skipif(find_spec("loky") is None, reason="loky is not installed (extra 'loky')")
-)
 with_processes = pytest.mark.parametrize("method", ["process", LOKY, "executor"])
 every_method = pytest.mark.parametrize("method", [*METHODS, LOKY, "executor"])
 
@@ -43,24 +31,13 @@ def method(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def processes() -> Iterator[None]:
-    yield from no_process_left_behind()
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
-
-
-@pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paraval.engine.attempts._BACK_OFF_S", 0.005)
 
 
 def make(method: str, function: Callable[..., Any], **kwargs: Any) -> Evaluator:
     if method == "executor":
-        context = multiprocessing.get_context("forkserver")
-        kwargs["executor"] = functools.partial(ProcessPoolExecutor, 2, mp_context=context)
+        kwargs["executor"] = processes
     return support.make(method, function, **kwargs)
 
 
@@ -81,10 +58,7 @@ def fails_at_first(flags: Flags, times: int, error: type[BaseException] = Connec
 
 
 def run(method: str, function: Callable[..., Any], count: int = 1, **kwargs: Any) -> list[Job]:
-    with make(method, function, **kwargs) as evaluator:
-        evaluator.submit(configurations(count))
-        evaluator.gather("ALL")
-        return evaluator.jobs
+    return run_all(make(method, function, **kwargs), configurations(count))
 
 
 @every_method
@@ -98,6 +72,25 @@ def test_a_job_may_fail_so_often(method: str, flags: Flags) -> None:
     assert {job.status for job in jobs} == {JobStatus.DONE}
     assert len(storage.terminal) == 5
     assert set(storage.terminal.values()) == {1}
+
+
+class Unanswering(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        raise RuntimeError("do not ask")
+
+
+class UnansweringError(Exception, metaclass=Unanswering):
+    pass
+
+
+@every_method
+def test_a_type_is_compared_as_except_does(method: str) -> None:
+    def function(job: RunningJob) -> None:
+        raise (UnansweringError if job["x"] else ValueError)(str(job["x"]))
+
+    jobs = run(method, function, 2, max_attempts=2, retry_on=UnansweringError)
+    found = {job.args["x"]: job.error and (job.error.kind, job.error.message, job.error.attempts) for job in jobs}
+    assert found == {0: ("exception", "0", 1), 1: ("exception", "1", 2)}
 
 
 @every_method

@@ -18,13 +18,18 @@ from paraval.callback import Callback, CSVLoggerCallback, LoggerCallback, Search
 from paraval.errors import MissingExtraError, ParavalError
 from paraval.job import HPOJob, Job
 from paraval.outcome import JobError, Outcome
+from support import until
 
 J = TypeVar("J", bound=Job)
 RAISED = JobError("exception", "bad\nvalue", type="ValueError")
 CANCELLED = JobError("cancelled", "the evaluator was closed")
 
-needs_tqdm = pytest.mark.skipif(importlib.util.find_spec("tqdm") is None, reason="tqdm is not installed")
-needs_moocore = pytest.mark.skipif(importlib.util.find_spec("moocore") is None, reason="moocore is not installed")
+needs_tqdm = pytest.mark.skipif(
+    importlib.util.find_spec("tqdm") is None, reason="tqdm is not installed (extra 'progress')"
+)
+needs_moocore = pytest.mark.skipif(
+    importlib.util.find_spec("moocore") is None, reason="moocore is not installed (extra 'moo')"
+)
 
 
 def settled(job: J, result: Any) -> J:
@@ -320,6 +325,22 @@ def test_csv_writes_each_job_once_and_the_ungathered_at_the_close(tmp_path: Path
     callback.on_close()
     callback.on_close()
     assert ids(path) == ["1", "0", "2", "3"]
+
+
+def test_csv_of_several_evaluators_has_each_job_once(tmp_path: Path) -> None:
+    """The close of the first writes what the others have done and nobody has gathered yet."""
+    path = tmp_path / "r.csv"
+    callback = CSVLoggerCallback(path)
+    evaluators = [Evaluator.create(lambda job: job["x"], "thread", {"callbacks": [callback]}) for _ in range(3)]
+    for number, evaluator in enumerate(evaluators):
+        evaluator.submit([{"x": 10 * number + x} for x in range(3)])
+    until(lambda: all(evaluator.statistics().done == 3 for evaluator in evaluators))
+    for evaluator in evaluators:
+        evaluator.gather("ALL")
+        evaluator.close()
+    column = path.read_text().splitlines()[0].split(",").index("p:x")
+    rows = [int(line.split(",")[column]) for line in path.read_text().splitlines()[1:]]
+    assert sorted(rows) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
 
 
 def test_csv_keeps_an_existing_file_and_says_where(tmp_path: Path) -> None:

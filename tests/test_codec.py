@@ -10,6 +10,7 @@ import enum
 import math
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import uuid
@@ -34,8 +35,11 @@ from paraval.storage.codec import (
     decode_record,
     encode,
     encode_change,
+    encode_changes,
+    encode_ends,
     encode_error,
     encode_record,
+    encode_records,
     key_of,
 )
 from paraval.testing.comparing import same
@@ -307,7 +311,9 @@ def nested(levels: int) -> Any:
         (nested(102), "nested deeper than 100 levels"),
         (nested(5000), "nested deeper than 100 levels"),
         ({pathlib.Path("a"): 1, "a": 2}, r"keys of value that differ here would be the same"),
-        ({"x": {Layer(1): 1}}, r"keys of value\['x'\] that differ here would be the same in the store, or be dicts"),
+        ({"x": {Layer(1): 1}}, "keys of .* that differ here would be the same in the store, or could be none there"),
+        ({(Layer(1), "relu"): 1}, "keys of .* could be none there"),
+        ({dt.timedelta(seconds=1): "a", 1: "b"}, "keys of .* would be the same in the store"),
     ],
     ids=kind,
 )
@@ -315,16 +321,66 @@ def test_what_cannot_be_kept_is_named(value: Any, said: str) -> None:
     calls: list[tuple[str, Callable[[], object]]] = [
         ("output", lambda: encode(value, "output")),
         ("output", lambda: encode_record(JobRecord(out=value))),
-        ("metadata", lambda: encode_change(JobChange("", metadata=value))),
+        ("extra value", lambda: encode_change(JobChange("", extra={"x": value}))),
+        ("metadata", lambda: encode_records([JobRecord(args=({},), metadata={"x": value})])),
+        ("metadata", lambda: encode_ends([JobChange("", status=2, out=1.0, error=None, metadata={"x": value})], [0])),
     ]
     for what, call in calls:
-        with pytest.raises(UnstorableError, match=said) as caught:
+        expected = said if what == "output" else re.sub(r"\bvalue(?! of)", r".*", said)
+        with pytest.raises(UnstorableError, match=expected) as caught:
             call()
         message = str(caught.value)
         assert message.startswith(f"the {what} cannot be stored: ")
         assert "\n" not in message
         assert isinstance(caught.value, TypeError)
         assert isinstance(caught.value, ParavalError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        JobChange("", args={"x": 1}),  # type: ignore[arg-type] # what is wrong with it
+        JobChange("", args="ab"),  # type: ignore[arg-type] # likewise; and so on
+        *[JobChange("", status=status) for status in (True, None, 2.0, "x", 2**70)],  # type: ignore[arg-type] # on
+        JobChange("", kwargs=[1]),  # type: ignore[arg-type] # on
+        JobChange("", metadata=[1]),  # type: ignore[arg-type] # on
+        JobChange("", status=2, out=1.0, error=None, metadata=[1]),  # type: ignore[arg-type] # on
+        JobChange("", extra=5),  # type: ignore[arg-type] # on
+        JobChange("", intermediate=(1.0, 2, 3)),  # type: ignore[arg-type] # on
+        JobChange("", error="text"),  # type: ignore[arg-type] # on
+    ],
+    ids=str,
+)
+def test_a_change_that_could_not_be_read_is_refused(change: JobChange) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: encode_change(change),
+        lambda: encode_changes([JobChange("", out=1), change], [0, 1]),
+    ]
+    for call in calls:
+        with pytest.raises(UnstorableError, match="of a job cannot be stored: it should be "):
+            call()
+    assert encode_ends([change], [0]) is None
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        JobRecord(args={"x": 1}),  # type: ignore[arg-type] # what is wrong with it
+        JobRecord(args=({},), status=True),
+        JobRecord(args=({},), metadata={}, attempts=True),
+        JobRecord(args=({},), metadata={}, is_private=1),  # type: ignore[arg-type] # likewise; and so on
+        JobRecord(args=({},), metadata={}, function=5),  # type: ignore[arg-type] # on
+        JobRecord(args=({},), metadata={}, owner=["me"]),  # type: ignore[arg-type] # on
+        JobRecord(args=({},), metadata={}, budgets=5),  # type: ignore[arg-type] # on
+        JobRecord(error="x"),  # type: ignore[arg-type] # on
+    ],
+    ids=str,
+)
+def test_a_record_that_could_not_be_read_is_refused(record: JobRecord) -> None:
+    calls: list[Callable[[], object]] = [lambda: encode_record(record), lambda: encode_records([record])]
+    for call in calls:
+        with pytest.raises(UnstorableError, match="of a job cannot be stored: it should be "):
+            call()
 
 
 def test_a_hundred_levels_are_not_too_many() -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +23,10 @@ import pytest
 import runfunctions
 from paraval import Evaluator, HPOJob, Job, JobStatus, RunningJob
 from runfunctions import sometimes_wrong, wrong_configuration
-from support import CountingStorage, configurations, outputs, soon, until
-from workers import children, errors, is_alive, listening, no_process_left_behind, open_files, timed_out
+from support import CountingStorage, configurations, outputs, run_all, soon, until
+from workers import children, errors, is_alive, listening, open_files, processes, timed_out, worker_marks
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-    pytest.mark.filterwarnings("error"),
-]
+pytestmark = worker_marks
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,11 @@ class Host:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def _pool() -> ProcessPoolExecutor:
-    # Not by fork: what is forked from a process with threads may wait for ever for a lock that one of them held.
-    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver"))
-
-
 PROCESS = Host("process")
 HOSTS = [
     PROCESS,
     Host("loky", requires="loky"),
-    Host("executor", kwargs={"executor": _pool}),
+    Host("executor", kwargs={"executor": processes}),
 ]
 
 
@@ -65,11 +57,6 @@ def host(request: pytest.FixtureRequest) -> Host:
     found: Host = request.param
     pytest.importorskip(found.requires)
     return found
-
-
-@pytest.fixture(autouse=True)
-def processes() -> Iterator[None]:
-    yield from no_process_left_behind()
 
 
 def make(host: Host, function: Callable[..., Any], **kwargs: Any) -> Evaluator:
@@ -390,10 +377,7 @@ def test_nothing_listens(host: Host) -> None:
 
 
 def run(function: Callable[..., Any], args_list: list[dict[str, Any]], **kwargs: Any) -> list[Job]:
-    with make(PROCESS, function, **kwargs) as evaluator:
-        evaluator.submit(args_list)
-        evaluator.gather("ALL")
-        return evaluator.jobs
+    return run_all(make(PROCESS, function, **kwargs), args_list)
 
 
 def test_three_ends_by_memory_have_three_reasons() -> None:

@@ -106,6 +106,20 @@ def test_a_cancelled_job_says_so(path: Path) -> None:
     assert read(path) == [{"p:x": "1", "objective": "F_timeout", "job_id": "0", "job_status": "CANCELLED"}]
 
 
+def test_metadata_named_error_is_beside_the_error_column(path: Path) -> None:
+    log = CSVLog(path, error_column=True)
+    failed = hpo(1, RAISED)
+    failed.metadata.update(error="theirs", error_="also theirs", n=1)
+    log.write([hpo(0, {"objective": 1.0, "metadata": {"error": 0.1, "error_": 1, "n": 2}}), failed, hpo(2, 1.0)])
+    shown = [(row["m:error"], row["m:error_"], row["m:error__"], row["m:n"]) for row in read(path)]
+    assert shown == [("", "1", "0.1", "2"), ("ValueError: bad value", "also theirs", "theirs", "1"), ("", "", "", "")]
+
+
+def test_without_the_error_column_metadata_named_error_has_its_name(path: Path) -> None:
+    CSVLog(path).write([hpo(0, {"objective": 1.0, "metadata": {"error": 0.1}})])
+    assert read(path)[0]["m:error"] == "0.1"
+
+
 def test_the_error_column_is_one_line(path: Path) -> None:
     log = CSVLog(path, error_column=True)
     log.write([hpo(0, RAISED), hpo(1, "F_oom"), hpo(2, {"objective": 1.0, "metadata": {"n": 1}})])

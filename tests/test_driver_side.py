@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,27 +25,23 @@ from paraval.backends.base import Backend, Batch, RunSpec, Slot
 from paraval.backends.child import WorkerProcess
 from paraval.backends.serial import SerialEvaluator
 from runfunctions import Flags, async_double, double
-from support import configurations, soon, until
-from workers import Driver, errors, is_alive, no_process_left_behind, open_files, timed_out
+from support import configurations, soon, until, until_async
+from workers import (
+    LOKY,
+    Driver,
+    errors,
+    is_alive,
+    needs_loky,
+    needs_trio,
+    open_files,
+    processes,
+    timed_out,
+    worker_marks,
+)
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-    pytest.mark.filterwarnings("error"),
-]
+pytestmark = worker_marks
 
-needs_loky = pytest.mark.skipif(importlib.util.find_spec("loky") is None, reason="no loky")
-needs_trio = pytest.mark.skipif(importlib.util.find_spec("trio") is None, reason="no trio")
-both_methods = pytest.mark.parametrize("method", ["process", pytest.param("loky", marks=needs_loky)])
-
-
-@pytest.fixture(autouse=True)
-def processes() -> Iterator[None]:
-    yield from no_process_left_behind()
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
+both_methods = pytest.mark.parametrize("method", ["process", LOKY])
 
 
 def make(function: Callable[..., Any], method: str = "process", **kwargs: Any) -> Evaluator:
@@ -101,12 +98,12 @@ def test_a_call_in_a_process_that_cannot_be_started_fails(monkeypatch: pytest.Mo
 
 
 @contextlib.contextmanager
-def no_more_files() -> Iterator[None]:
-    """Have the system refuse to open any more files."""
+def no_more_files(spare: int = 0) -> Iterator[None]:
+    """Have the system refuse to open any more files than a few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, hard))
     try:
         yield
     finally:
@@ -125,6 +122,17 @@ def test_what_the_system_refuses_for_long_is_told(flags: Flags) -> None:
             ("worker_died", True)
         ]
         assert evaluator.evaluate({"x": 4}).output == 4
+
+
+@both_methods
+def test_a_worker_that_cannot_be_made_leaves_nothing_open(method: str) -> None:
+    module, name = {"process": ("child", "WorkerProcess"), "loky": ("loky", "LokyWorker")}[method]
+    worker_class = getattr(importlib.import_module(f"paraval.backends.{module}"), name)
+    before = open_files()
+    for spare in range(9):
+        with no_more_files(spare), pytest.raises(OSError, match="Too many open files"):
+            worker_class(b"", 100)
+        assert open_files() == before
 
 
 def test_what_the_system_refuses_for_a_moment_is_tried_again() -> None:
@@ -213,9 +221,10 @@ with Evaluator.create(job, "process", {"num_workers": 2}) as evaluator:
 """
 
 
+@both_methods
 @pytest.mark.parametrize("reaper", list(REAPERS))
-def test_children_that_others_reap(reaper: str, tmp_path: Path) -> None:
-    with Driver(REAPERS[reaper] + JOBS, tmp_path) as driver:
+def test_children_that_others_reap(reaper: str, method: str, tmp_path: Path) -> None:
+    with Driver(REAPERS[reaper] + JOBS.replace('"process"', repr(method)), tmp_path) as driver:
         error, sleeper = driver.wait_for("error", "sleeper")
         assert driver.wait() == 0, driver.output
         until(lambda: not is_alive(int(sleeper)))
@@ -254,6 +263,130 @@ def test_a_worker_that_is_slow_to_die_is_reaped(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(child, "_REAP_S", -1)
     with make(double) as evaluator:
         assert evaluator.evaluate({"x": 1}).output == 2
+
+
+# -- large values ------------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """Is pickled, or unpickled, when a flag is up."""
+
+    def __init__(self, flags: Flags, when: str) -> None:
+        self.flags = flags
+        self.when = when
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if self.when == "pickled":
+            return _pass, (_waited(self.flags),)
+        return _waited, (self.flags,)
+
+
+def _waited(flags: Flags) -> str:
+    flags.put("waits")
+    flags.wait("seen")
+    return "came"
+
+
+def _pass(value: str) -> str:
+    return value
+
+
+def slow_result(job: RunningJob) -> Any:
+    return [bytes(1 << 19), job["value"] or Slow(Flags(job["folder"]), "unpickled")]
+
+
+HOSTS: list[Any] = [
+    pytest.param("process", {}, id="process"),
+    pytest.param("loky", {}, id="loky", marks=needs_loky),
+    pytest.param("executor", {"executor": processes}, id="executor"),
+]
+
+
+@pytest.mark.parametrize("when", ["pickled", "unpickled"])
+@pytest.mark.parametrize("loop", ["asyncio", pytest.param("trio", marks=needs_trio)])
+@pytest.mark.parametrize(("method", "kwargs"), HOSTS)
+def test_the_loop_does_not_wait_for_a_large_value(
+    method: str, kwargs: dict[str, Any], loop: str, when: str, flags: Flags
+) -> None:
+    async def see() -> None:
+        await until_async(lambda: flags.up("waits"))
+        flags.put("seen")
+
+    async def main() -> Any:
+        large = [bytes(1 << 19), Slow(flags, when)]
+        async with make(slow_result, method, **kwargs) as evaluator, anyio.create_task_group() as group:
+            group.start_soon(see)
+            args = {"value": large, "folder": None} if when == "pickled" else {"value": None, "folder": flags.folder}
+            return (await soon(evaluator.evaluate_async(args))).output
+
+    (_, value) = anyio.run(main, backend=loop)
+    assert value == ([bytes(1 << 19), "came"] if when == "pickled" else "came")
+
+
+@pytest.mark.parametrize(("method", "kwargs"), HOSTS)
+def test_the_time_in_which_a_result_is_taken_in_is_not_the_jobs(method: str, kwargs: dict[str, Any]) -> None:
+    def function(job: RunningJob) -> Any:
+        return [bytes(1 << 19), Late()]
+
+    with make(function, method, job_timeout=0.5, kill_grace=0.1, **kwargs) as evaluator:
+        job = evaluator.evaluate({})
+    assert errors([job]) == []
+    assert job.output[1] == 1.0
+
+
+class Late:
+    """Takes a second to be unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _late, (1.0,)
+
+
+def _late(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@pytest.mark.parametrize(("method", "kwargs"), HOSTS)
+def test_large_values_beside_small_ones_come_as_they_are(method: str, kwargs: dict[str, Any]) -> None:
+    values: list[Any] = [
+        {"n": 1},
+        ["x" * (1 << 20), [1]],
+        bytearray(3 << 20),
+        {str(n): n for n in range(99_999)},
+        "y" * (1 << 20),
+    ]
+    values += [threading.Lock(), lambda: 5, [7]]
+    with make(runfunctions.echo, method, num_workers=1, batching=len(values), **kwargs) as evaluator:
+        evaluator.submit([{"x": value} for value in values])
+        evaluator.gather("ALL")
+        jobs = evaluator.jobs
+    *same, lock, function, last = jobs
+    assert [job.output for job in [*same, last]] == [*values[:-3], values[-1]]
+    assert function.output() == 5
+    assert lock.error is not None
+    assert lock.error.message.startswith("the arguments['x'] cannot be pickled: lock object")
+
+
+@both_methods
+def test_the_loop_does_not_wait_for_what_a_job_stores(method: str, flags: Flags) -> None:
+    folder = flags.folder
+
+    def function(job: RunningJob) -> Any:
+        search = str(job.id).partition(".")[0]
+        job.storage.store_search_value(search, "large", [bytes(1 << 19), Slow(Flags(folder), "unpickled")])
+        return job.storage.load_search_value(search, "large") == [bytes(1 << 19), "came"]
+
+    async def see() -> None:
+        await until_async(lambda: flags.up("waits"))
+        flags.put("seen")
+
+    async def main() -> Any:
+        async with make(function, method) as evaluator, anyio.create_task_group() as group:
+            group.start_soon(see)
+            return await soon(evaluator.evaluate_async({}))
+
+    job = anyio.run(main)
+    assert (job.output, errors([job])) == (True, [])
 
 
 # -- a flood in both directions ----------------------------------------------------------------------------------------

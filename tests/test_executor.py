@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import forkserver
@@ -21,45 +21,29 @@ import pytest
 
 import paraval.storage
 import runfunctions
-from paraval import Evaluator, ExecutorEvaluator, Job, JobStatus, ParavalError, RunningJob
+from paraval import ExecutorEvaluator, JobStatus, ParavalError, RunningJob
 from paraval.storage import MemoryStorage
+from paraval.worker.board import Address
 from paraval.worker.remote import Report
 from runfunctions import Flags, double, sometimes_wrong, wrong_configuration
 from support import CountingStorage, Stage, configurations, outputs, soon, until, until_async
-from workers import Driver, by_x, errors, is_alive, no_process_left_behind, timed_out
+from workers import (
+    Driver,
+    ThreadEach,
+    by_x,
+    error_of,
+    errors,
+    is_alive,
+    polite,
+    processes,
+    threads,
+    timed_out,
+    worker_marks,
+)
+from workers import make_in as make
+from workers import run_in as run
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-    pytest.mark.filterwarnings("error"),
-]
-
-
-def processes(workers: int = 2) -> ProcessPoolExecutor:
-    # Not the fork of a process with threads, of which newer Pythons warn.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
-
-
-def threads(workers: int = 2) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers)
-
-
-class ThreadEach(Executor):
-    """Somebody's own executor: a thread for each call, and no more than an Executor must have."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(self.call(fn, *args, **kwargs))
-            except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for
-                future.set_exception(exc)
-
-        threading.Thread(target=run, daemon=True).start()
-        return future
-
-    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
+pytestmark = worker_marks
 
 
 class AtOnce(ThreadEach):
@@ -82,33 +66,6 @@ EXECUTORS: dict[str, Callable[[], Executor]] = {
 @pytest.fixture(params=EXECUTORS)
 def factory(request: pytest.FixtureRequest) -> Callable[[], Executor]:
     return EXECUTORS[request.param]
-
-
-@pytest.fixture(autouse=True)
-def no_process_stays() -> Iterator[None]:
-    yield from no_process_left_behind()
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
-
-
-def make(function: Callable[..., Any], executor: Any, **kwargs: Any) -> Evaluator:
-    return Evaluator.create(function, "executor", {"executor": executor, **kwargs})
-
-
-def run(function: Callable[..., Any], executor: Any, args_list: list[dict[str, Any]], **kwargs: Any) -> list[Job]:
-    """Run jobs; give them in the order of submission."""
-    with make(function, executor, **kwargs) as evaluator:
-        evaluator.submit(args_list)
-        evaluator.gather("ALL")
-        return evaluator.jobs
-
-
-def error_of(job: Job) -> tuple[str, str]:
-    assert job.error is not None, job
-    return job.error.kind, job.error.message
 
 
 # -- what runs, and where ----------------------------------------------------------------------------------------------
@@ -178,15 +135,16 @@ def test_in_threads_a_job_shares_the_objects_of_the_program() -> None:
 
 
 @pytest.mark.parametrize("size", [10, 100_000], ids=["small", "large"])
-def test_static_arguments_reach_every_process(size: int) -> None:
+def test_static_arguments_reach_every_process(size: int, flags: Flags) -> None:
     def function(job: RunningJob, data: bytes) -> Any:
-        time.sleep(0.005)  # so that both work
+        flags.put(f"pid-{os.getpid()}")
+        until(lambda: len(flags.names("pid-")) == 2)  # both work
         return len(data), os.getpid()
 
     jobs = run(function, processes, configurations(30), num_workers=2, run_function_kwargs={"data": bytes(size)})
     assert errors(jobs) == []
     assert {job.output[0] for job in jobs} == {size}
-    assert os.getpid() not in {job.output[1] for job in jobs}
+    assert len({job.output[1] for job in jobs} - {os.getpid()}) == 2
 
 
 def test_a_long_job_in_a_batch_gives_the_others_back(flags: Flags) -> None:
@@ -236,8 +194,8 @@ class OnAnotherMachine(ThreadEach):
     """Cannot see the files of this one."""
 
     def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        *rest, _board_path, number = args
-        return super().call(fn, *rest, "/nowhere/to/be/found", number, **kwargs)
+        *rest, _address, number = args
+        return super().call(fn, *rest, Address("/nowhere/to/be/found"), number, **kwargs)
 
 
 @pytest.mark.parametrize("store", ["SqliteStorage", "SharedMemoryStorage"])
@@ -384,20 +342,6 @@ def test_a_factory_that_fails_later_is_the_failure_of_the_jobs() -> None:
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-def polite(flags: Flags) -> Callable[[RunningJob], Any]:
-    """Make a run-function that says that it runs, and returns early when it is asked to stop."""
-
-    def function(job: RunningJob) -> Any:
-        flags.put(f"began-{job['x']}")
-        while not flags.up(f"go-{job['x']}"):
-            if job.stopped():
-                return f"stopped: {job.status.name}"
-            time.sleep(0.002)
-        return job["x"]
-
-    return function
-
-
 @pytest.mark.parametrize("executor", [threads, processes, ThreadEach])
 def test_a_job_is_asked_to_stop(executor: Callable[[], Executor], flags: Flags) -> None:
     flags.put("go-1")
@@ -460,7 +404,7 @@ async def test_a_call_that_waits_in_the_executor_is_stopped_at_once(
     with executor(1) as pool:
         async with make(polite(flags), pool, num_workers=2, kill_grace=20.0) as evaluator:
             await evaluator.submit_async(configurations(1))
-            await until_async(lambda: flags.up("began-0"))
+            await until_async(lambda: flags.up("pid-0"))
             async with anyio.create_task_group() as group:
                 group.start_soon(evaluator.evaluate_async, {"x": 1})
                 await until_async(lambda: evaluator.statistics().pending == 0)
@@ -468,7 +412,7 @@ async def test_a_call_that_waits_in_the_executor_is_stopped_at_once(
             flags.put("go-0")
             (job,) = await soon(evaluator.gather_async("ALL"))
             assert job.output == 0
-            assert not flags.up("began-1")
+            assert not flags.up("pid-1")
 
 
 def test_cancelling_a_job_leaves_those_beside_it_in_its_batch_alone(flags: Flags) -> None:
@@ -479,7 +423,7 @@ def test_cancelling_a_job_leaves_those_beside_it_in_its_batch_alone(flags: Flags
 
     with make(either, processes, batching=5, kill_grace=20.0) as evaluator:
         evaluator.submit(configurations(4))
-        flags.wait("began-1")
+        flags.wait("pid-1")
         first, running, unwanted, last = evaluator.jobs
         evaluator._cancel(unwanted, "it is not wanted")
         until(lambda: unwanted.status is not JobStatus.RUNNING)
@@ -488,7 +432,7 @@ def test_cancelling_a_job_leaves_those_beside_it_in_its_batch_alone(flags: Flags
         evaluator.gather("ALL")
     assert [job.output for job in (first, running, last)] == [0, 1, 3]
     assert unwanted.status is JobStatus.CANCELLED
-    assert not flags.up("began-2")
+    assert not flags.up("pid-2")
 
 
 def test_the_time_of_a_job_begins_with_its_call() -> None:

@@ -41,7 +41,8 @@ from support import (
     until_async,
 )
 
-ENDS_WITHIN_S = 3.0
+ENDS_WITHIN_S = 20.0
+"""A program that waited for its jobs would take a minute."""
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks as POSIX has them")
 
 
@@ -555,12 +556,17 @@ def test_a_storage_failure_wakes_everyone_who_waits(method: str, stage: Stage) -
 # -- the loop goes away ------------------------------------------------------------------------------------------------
 
 
-# A loop that is stopped just then leaves the task of a worker that has not begun.
-@pytest.mark.filterwarnings("ignore:coroutine 'Workers._work' was never awaited:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:(?s).*Workers._work:pytest.PytestUnraisableExceptionWarning")
-# A loop that is stopped just then leaves the task of a worker that has not begun: Python says so when it is collected.
-@pytest.mark.filterwarnings("ignore:coroutine 'Workers._work' was never awaited:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:(?s).*Workers._work:pytest.PytestUnraisableExceptionWarning")
+def leaves_a_worker(test: Callable[..., None]) -> Callable[..., None]:
+    """Allow for the task of a worker that had not begun when its loop was stopped: Python says so at its collection."""
+    for what in (
+        "ignore:coroutine 'Worker.work' was never awaited:RuntimeWarning",
+        "ignore:(?s).*Worker.work:pytest.PytestUnraisableExceptionWarning",
+    ):
+        test = pytest.mark.filterwarnings(what)(test)
+    return test
+
+
+@leaves_a_worker
 def test_the_threads_loop_is_stopped_under_the_evaluator(caplog: pytest.LogCaptureFixture) -> None:
     async def run(job: RunningJob) -> int:
         if job["x"] == "stop":
@@ -588,9 +594,7 @@ def test_the_threads_loop_is_stopped_under_the_evaluator(caplog: pytest.LogCaptu
     assert set(storage.terminal.values()) == {1}
 
 
-# A loop that is stopped just then leaves the task of a worker that has not begun.
-@pytest.mark.filterwarnings("ignore:coroutine 'Workers._work' was never awaited:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:(?s).*Workers._work:pytest.PytestUnraisableExceptionWarning")
+@leaves_a_worker
 def test_an_evaluate_ends_when_the_loop_is_stopped() -> None:
     async def run(job: RunningJob) -> None:
         asyncio.get_running_loop().stop()
@@ -922,7 +926,7 @@ def test_a_program_that_closes_is_not_told_anything(method: str) -> None:
 def test_an_async_program_leaves_nothing_behind(method: str) -> None:
     for runner in ("asyncio.run(main())", "trio.run(main)"):
         if "trio" in runner:
-            pytest.importorskip("trio")
+            pytest.importorskip("trio", reason="trio is not installed (extra 'trio')")
         program = run_program(
             f"""
             import {runner.partition(".")[0]}
@@ -1083,7 +1087,7 @@ def test_ctrl_c_in_a_sync_gather(method: str) -> None:
 def test_ctrl_c_in_an_async_block(method: str, runner: str) -> None:
     for library in ("trio", "uvloop"):
         if library in runner:
-            pytest.importorskip(library)
+            pytest.importorskip(library, reason=f"{library} is not installed (extra 'trio', dependency group 'test')")
     check_interrupted(ASYNC_SWEEP.format(method=method, runner=runner))
 
 
@@ -1109,12 +1113,80 @@ def test_ctrl_c_in_other_sync_calls(method: str, how: str) -> None:
 
 
 @posix
+@pytest.mark.parametrize("library", ["asyncio", "trio"])
+def test_ctrl_c_while_a_job_is_at_work_on_the_loop_is_not_that_jobs(library: str) -> None:
+    pytest.importorskip(library, reason=f"{library} is not installed (extra 'trio')")
+    program = run_program(
+        f"""
+        import signal, anyio
+        from paraval import Evaluator
+
+        async def run(job):
+            if job["x"] == 1:
+                signal.raise_signal(signal.SIGINT)
+            await anyio.sleep(0)
+
+        async def main():
+            async with evaluator:
+                evaluator.submit([dict(x=x) for x in range(4)])
+                await evaluator.gather_async("ALL")
+                await anyio.sleep(60)
+
+        evaluator = Evaluator.create(run, "serial")
+        try:
+            anyio.run(main, backend={library!r})
+        except KeyboardInterrupt:
+            print([job.error.type for job in evaluator.jobs if job.error and job.error.kind == "exception"])
+        """
+    )
+    assert program.stdout == ["[]"], program.stderr
+
+
+@pytest.mark.parametrize("library", ["asyncio", "trio"])
+def test_a_block_that_is_never_left_ends_with_its_loop(method: str, stage: Stage, library: str) -> None:
+    pytest.importorskip(library, reason=f"{library} is not installed (extra 'trio')")
+    evaluator = make(method, stage.function(method), kill_grace=0.1)
+
+    async def main() -> None:
+        await evaluator.__aenter__()
+        await evaluator.submit_async(configurations(3))
+        await stage.started(0).opened()
+
+    anyio.run(main, backend=library)
+    assert {job.status for job in evaluator.jobs} == {JobStatus.CANCELLED}
+    assert len(evaluator.gather("ALL")) == 3
+    stage.release(9)
+    assert evaluator.evaluate({"x": 9}).output == 9  # in a thread of its own
+    evaluator.close()
+
+
+STUBBORN = """
+        while not job.stopped():
+            time.sleep(0.005)
+        print("asked to stop", flush=True)
+        time.sleep(60)
+"""
+STUBBORN_ASYNC = """
+        import anyio
+        try:
+            await anyio.sleep(60)
+        finally:
+            print("asked to stop", flush=True)
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(60)
+"""
+
+
+@posix
 def test_ctrl_c_again_while_it_closes(method: str) -> None:
     source = SYNC_SWEEP.format(method=method).replace("kill_grace=0.1", "kill_grace=1.0")
+    source = source.replace("        time.sleep(60)\n", STUBBORN).replace(
+        '        await __import__("anyio").sleep(60)\n', STUBBORN_ASYNC
+    )
     with Program(source) as program:
         program.read_until("ready")
         sent = program.send(signal.SIGINT)
-        time.sleep(0.2)
+        program.read_until("asked to stop")
         program.send(signal.SIGINT)
         assert program.wait() - sent < ENDS_WITHIN_S
 

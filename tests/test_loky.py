@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,10 @@ import runfunctions
 from paraval import Evaluator, Job, JobStatus, LokyEvaluator, ParavalError, RunningJob
 from paraval.storage import MemoryStorage
 from runfunctions import Flags, double, sometimes_wrong, wrong_configuration
-from support import CountingStorage, configurations, outputs, soon, until, until_async
-from workers import Driver, by_x, children, errors, is_alive, no_process_left_behind, open_files, timed_out
+from support import CountingStorage, configurations, outputs, run_all, soon, until, until_async
+from workers import Driver, by_x, children, errors, is_alive, open_files, timed_out, worker_marks
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-    pytest.mark.filterwarnings("error"),
-]
-
-
-@pytest.fixture(autouse=True)
-def processes() -> Iterator[None]:
-    yield from no_process_left_behind()
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
+pytestmark = worker_marks
 
 
 def make(function: Callable[..., Any], **kwargs: Any) -> Evaluator:
@@ -50,10 +37,7 @@ def make(function: Callable[..., Any], **kwargs: Any) -> Evaluator:
 
 def run(function: Callable[..., Any], args_list: list[dict[str, Any]], **kwargs: Any) -> list[Job]:
     """Run jobs; give them in the order of submission."""
-    with make(function, **kwargs) as evaluator:
-        evaluator.submit(args_list)
-        evaluator.gather("ALL")
-        return evaluator.jobs
+    return run_all(make(function, **kwargs), args_list)
 
 
 # -- what runs ---------------------------------------------------------------------------------------------------------

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from support import until
-from workers import Driver
+from workers import Driver, worker_marks
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-]
+pytestmark = worker_marks
 
 GONE_S = 5.0
 """How soon after a driver that was killed everything must be gone."""
@@ -199,6 +197,39 @@ evaluator.gather("ALL")
         while driver.descendants() != [int(forked)]:
             assert time.monotonic() < deadline, driver.descendants()
             time.sleep(0.01)
+
+
+def test_a_driver_that_is_killed_leaves_no_file(tmp_path: Path) -> None:
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("without os.memfd_create, a driver that is killed leaves files")
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    program = (
+        JOBS
+        + f"""
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+tempfile.tempdir = {str(folder)!r}
+
+def alone(job):
+    flags.put(f"ready-{{job['x']}}")
+    time.sleep(60)
+
+evaluator = Evaluator.create(
+    alone, "executor", {{"executor": lambda: ProcessPoolExecutor(2, get_context("spawn")), "num_workers": 2}}
+)
+evaluator.submit([{{"x": 0}}, {{"x": 1}}])
+evaluator.gather("ALL")
+"""
+    )
+    with Driver(program, tmp_path) as driver:
+        driver.wait_for("ready-0", "ready-1")
+        driver.kill()
+        driver.wait()
+        driver.everybody_is_gone(GONE_S)
+    assert list(folder.iterdir()) == []
 
 
 def test_a_fork_of_the_driver_that_ends_takes_nothing_along(tmp_path: Path) -> None:

@@ -265,7 +265,9 @@ def test_nested_tuples_are_no_objectives() -> None:
 
 # -- NumPy -------------------------------------------------------------------------------------------------------------
 
-needs_numpy = pytest.mark.skipif(importlib.util.find_spec("numpy") is None, reason="NumPy is not installed")
+needs_numpy = pytest.mark.skipif(
+    importlib.util.find_spec("numpy") is None, reason="numpy is not installed (dependency group 'test')"
+)
 
 
 @needs_numpy

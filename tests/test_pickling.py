@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runfunctions
-from paraval.worker.pickling import PicklingFailed, dumps, explain, is_plain
+from paraval.worker.pickling import (
+    PicklingFailed,
+    PiecewisePickler,
+    TooLargeError,
+    dumps,
+    explain,
+    is_plain,
+    loads_in_pieces,
+)
 from support import run_program
 
 LOCK_TYPE = type(threading.Lock())
@@ -50,6 +58,56 @@ def test_values_come_as_they_are(value: Any) -> None:
     copy = _copy(value)
     assert copy == value
     assert type(copy) is type(value)
+
+
+dumps_in_pieces = PiecewisePickler().dumps
+"""It lasts from one test to the next, as it does from job to job."""
+LARGE = [
+    bytes(range(256)) * 10_000,
+    bytearray(3_000_001),
+    "é" * 1_000_000,
+    [{"a": number, "b": float(number)} for number in range(50_000)],
+    [b"x" * 70_000, bytearray(b"y" * 70_000), "z" * 70_000, {"__main__": 1}],
+]
+
+
+@given(values)
+def test_what_is_pickled_in_pieces_is_the_same(value: Any) -> None:
+    data = dumps_in_pieces(value, "value")
+    assert data == dumps(value, "value")
+    copy = loads_in_pieces(data)
+    assert copy == value
+    assert type(copy) is type(value)
+
+
+@pytest.mark.parametrize("value", LARGE, ids=lambda value: type(value).__name__)
+def test_large_values_are_the_same_in_pieces(value: Any) -> None:
+    data = dumps_in_pieces(value, "value")
+    assert data == dumps(value, "value")
+    assert loads_in_pieces(memoryview(data)) == value
+    assert dumps_in_pieces(value, "value", len(data)) == data
+    with pytest.raises(TooLargeError):
+        dumps_in_pieces(value, "value", len(data) - 1)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_are_the_same_in_pieces(order: Any) -> None:
+    np = pytest.importorskip("numpy", reason="NumPy is not installed")
+    array = np.asarray(np.arange(600_000.0).reshape(3, -1), order=order)
+    data = dumps_in_pieces([array, array[:, ::7]], "value")
+    assert data == dumps([array, array[:, ::7]], "value")
+    first, second = loads_in_pieces(data)
+    assert (first == array).all()
+    assert (second == array[:, ::7]).all()
+
+
+def test_what_cannot_be_pickled_cannot_be_in_pieces() -> None:
+    value = [bytes(100_000), {"lock": threading.Lock()}]
+    with pytest.raises(PicklingFailed, match=r"^it\[1\]\['lock'\] cannot be pickled: lock object"):
+        dumps_in_pieces(value, "it")
+    assert loads_in_pieces(dumps_in_pieces(lambda: 5, "it"))() == 5
+    with pytest.raises(TooLargeError):
+        dumps_in_pieces(lambda: 5, "it", 10)
 
 
 @given(values)
@@ -97,6 +155,7 @@ class _Dict(dict[str, int]):
         _Dict(x=1),
         {"x": [1]},
         {"x": b""},
+        dict.fromkeys(range(1001)),
     ],
     ids=repr,
 )

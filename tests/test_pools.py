@@ -10,9 +10,8 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +19,22 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from paraval import Evaluator, Job, RunningJob
+from paraval import Evaluator, RunningJob
 from paraval.storage import MemoryStorage
+from paraval.worker.board import Address, Board, BoardOfWorker
 from runfunctions import Flags, double
 from support import WAIT_S, Stage, configurations, outputs, soon, until
-from workers import TESTS, by_x, errors, no_process_left_behind, timed_out
+from workers import TESTS, ThreadEach, by_x, error_of, errors, needs_loky, processes, threads, timed_out, worker_marks
+from workers import make_in as make
+from workers import run_in as run
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-    pytest.mark.filterwarnings("error"),
-]
-
-
-class ThreadEach(Executor):
-    """Somebody's own: a thread for each call."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        threading.Thread(target=lambda: future.set_result(fn(*args, **kwargs)), daemon=True).start()
-        return future
-
-
-def processes(workers: int = 2) -> ProcessPoolExecutor:
-    # Not the fork of a process with threads, of which newer Pythons warn.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
-
-
-def threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2)
+pytestmark = worker_marks
 
 
 class SlowStorage(MemoryStorage):
     """Is called in a thread, as those that wait for a disk."""
 
     by_reference = False
-
-
-@pytest.fixture(autouse=True)
-def no_process_stays() -> Iterator[None]:
-    yield from no_process_left_behind()
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
-
-
-def make(function: Callable[..., Any], executor: Any, **kwargs: Any) -> Evaluator:
-    return Evaluator.create(function, "executor", {"executor": executor, **kwargs})
-
-
-def run(function: Callable[..., Any], executor: Any, args_list: list[dict[str, Any]], **kwargs: Any) -> list[Job]:
-    """Run jobs; give them in the order of submission."""
-    with make(function, executor, **kwargs) as evaluator:
-        evaluator.submit(args_list)
-        evaluator.gather("ALL")
-        return evaluator.jobs
-
-
-def error_of(job: Job) -> tuple[str, str]:
-    assert job.error is not None, job
-    return job.error.kind, job.error.message
 
 
 # -- the threads of the program ----------------------------------------------------------------------------------------
@@ -96,9 +50,7 @@ def noted(job: RunningJob) -> Any:
     ("method", "kwargs"),
     [
         ("process", {"storage": SlowStorage}),
-        pytest.param(
-            "loky", {}, marks=pytest.mark.skipif(find_spec("loky") is None, reason="the extra 'loky' brings it")
-        ),
+        pytest.param("loky", {}, marks=needs_loky),
         ("executor", {"executor": lambda: threads}),
         ("executor", {"executor": lambda: processes, "storage": SlowStorage}),
     ],
@@ -283,15 +235,17 @@ def test_what_a_job_raises_is_its_own(executor: Callable[[], Executor], error: E
 def test_jobs_run_where_no_file_can_be_made(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    monkeypatch.delattr(os, "memfd_create")  # not every system has it
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     jobs = run(noted, ThreadEach, configurations(6), num_workers=3)
     assert errors(jobs) == []
     assert outputs(jobs) == [0, 2, 4, 6, 8, 10]
     (record,) = caplog.records
-    assert record.getMessage().startswith("jobs in the executor cannot be asked to stop: no temporary file: [Errno 2]")
+    assert record.getMessage().startswith("jobs in the executor cannot be asked to stop: no shared file: [Errno 2]")
 
 
 def test_a_job_is_out_of_time_where_no_file_can_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delattr(os, "memfd_create")  # not every system has it
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with Stage() as stage:
 
@@ -311,8 +265,51 @@ def test_a_job_is_out_of_time_where_no_file_can_be_made(monkeypatch: pytest.Monk
         assert timed_out(job)
 
 
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_a_job_is_asked_to_stop(
+    monkeypatch: pytest.MonkeyPatch, flags: Flags, tmp_path_factory: pytest.TempPathFactory, is_on_disk: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    if is_on_disk:
+        monkeypatch.delattr(os, "memfd_create")
+
+    def polite(job: RunningJob) -> str:
+        flags.put("files", [path.name for path in folder.iterdir()])
+        until(job.stopped)
+        return "asked"
+
+    (job,) = run(polite, processes, configurations(1), job_timeout=0.05, kill_grace=WAIT_S)
+    assert timed_out(job)
+    assert job.metadata["returned"] == "asked"
+    assert ("paraval-" in flags.text("files")) is is_on_disk
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_not_the_board_is_not_touched(tmp_path: Path) -> None:
+    """On another machine, a process of the same number may have something else open under the same number."""
+    path = tmp_path / "precious"
+    path.write_text("precious")
+    with path.open("r+") as file:
+        board = Board()
+        link = board.address.link
+        found = BoardOfWorker(board.address)
+        assert found.begin(2)
+        assert board.current == 2
+        for other in (f"/proc/self/fd/{file.fileno()}", str(path), "/proc/self/fd/none"):
+            with pytest.raises(OSError, match=r"Errno|another process's"):
+                BoardOfWorker(Address(other, link))
+        address = board.address
+        board.close()
+        with pytest.raises(OSError, match=r"Errno|another process's"):
+            BoardOfWorker(address)
+        found.close()
+    assert path.read_text() == "precious"
+
+
 FULL_DISK = """
     import contextlib, os, sys, tempfile
+    del os.memfd_create
     sys.path.insert(0, {tests!r})
     from test_pools import ThreadEach, run, double, configurations, outputs
 

@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,10 @@ from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
 from paraval.backends.process import ProcessPoolEvaluator
 from paraval.storage import JobRecord, MemoryStorage, UnknownIdError
 from runfunctions import AsyncScaler, Flags, Scaler, append_one, async_double, double, echo, scaled
-from support import WAIT_S, CountingStorage, Latch, configurations, outputs, soon, until, until_async
-from workers import by_x, children, errors, is_alive, listening, no_process_left_behind, open_files, timed_out
+from support import WAIT_S, CountingStorage, Latch, configurations, outputs, run_all, soon, until, until_async
+from workers import by_x, children, errors, is_alive, listening, needs_trio, open_files, polite, timed_out, worker_marks
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-    pytest.mark.filterwarnings("error"),
-]
-
-
-@pytest.fixture(autouse=True)
-def processes() -> Iterator[None]:
-    yield from no_process_left_behind()
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> Flags:
-    return Flags(tmp_path)
+pytestmark = worker_marks
 
 
 def make(function: Callable[..., Any], **kwargs: Any) -> Evaluator:
@@ -54,10 +41,7 @@ def make(function: Callable[..., Any], **kwargs: Any) -> Evaluator:
 
 def run(function: Callable[..., Any], args_list: list[dict[str, Any]], **kwargs: Any) -> list[Job]:
     """Run jobs; give them in the order of submission."""
-    with make(function, **kwargs) as evaluator:
-        evaluator.submit(args_list)
-        evaluator.gather("ALL")
-        return evaluator.jobs
+    return run_all(make(function, **kwargs), args_list)
 
 
 def results(function: Callable[..., Any], args_list: list[dict[str, Any]], **kwargs: Any) -> list[Any]:
@@ -920,20 +904,6 @@ def test_how_much_is_kept_must_be_a_number(bad: Any) -> None:
 # -- stopping jobs -----------------------------------------------------------------------------------------------------
 
 
-def polite(flags: Flags) -> Callable[[RunningJob], Any]:
-    """Make a run-function that says that it runs, and returns early when it is asked to stop."""
-
-    def function(job: RunningJob) -> Any:
-        flags.put(f"pid-{job['x']}", os.getpid())
-        while not flags.up(f"go-{job['x']}"):
-            if job.stopped():
-                return f"stopped: {job.status.name}"
-            time.sleep(0.002)
-        return job["x"]
-
-    return function
-
-
 def deaf(flags: Flags, how: str, seconds: float = 60) -> Callable[[RunningJob], Any]:
     """Make a run-function that says that it runs, and would go on for so long whoever asks it to stop."""
 
@@ -1209,7 +1179,7 @@ two_loops = pytest.mark.parametrize(
     "anyio_backend",
     [
         "asyncio",
-        pytest.param("trio", marks=pytest.mark.skipif(importlib.util.find_spec("trio") is None, reason="no trio")),
+        pytest.param("trio", marks=needs_trio),
     ],
 )
 

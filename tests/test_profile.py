@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,23 +24,18 @@ import cloudpickle
 import pytest
 
 import profiled
-from paraval import Job, ParavalError, RunningJob, profile
+from paraval import Evaluator, Job, ParavalError, RunningJob, profile
 from paraval.functions import is_async
 from paraval.isolated import ChildFailedError
 from paraval.job import JobContext
 from paraval.memory import MemoryMeter, PeakMemory, WatchedProcess, interpreter_size, limit_in_bytes, require, supervise
+from paraval.profiling import settings_of
 from profiled import LIMIT, LOOK_S, MIB, Model, Picky, hoard, take
 from runfunctions import Flags
 from support import Latch, Program, run_program, soon, until, until_async
-from workers import is_alive, no_process_left_behind
+from workers import is_alive, worker_marks
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
-pytestmark = linux
-
-
-@pytest.fixture(autouse=True)
-def processes() -> Iterator[None]:
-    yield from no_process_left_behind()
+pytestmark = worker_marks
 
 
 def job(**parameters: Any) -> RunningJob:
@@ -70,6 +65,18 @@ async def coroutine(job: RunningJob, extra: int = 0) -> Any:
     """Return something."""
     await asyncio.sleep(0)
     return job["x"] + extra
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    np = pytest.importorskip("numpy", reason="NumPy is not installed")
+    assert [limit_in_bytes("limit", kind(LIMIT)) for kind in (np.int64, np.float64, np.float32)] == [LIMIT] * 3
+    function = profile(plain, memory_limit=np.int64(LIMIT), memory_tracing_interval=np.float32(0.5))
+    assert settings_of(function) == settings_of(profile(plain, memory_limit=LIMIT, memory_tracing_interval=0.5))
+    with Evaluator.create(functools.partial(print, "printed"), "process", {"capture_output": np.int64(9)}) as evaluator:
+        assert evaluator.evaluate({}).stdout is not None
 
 
 # -- the three forms, and what the function stays ----------------------------------------------------------------------

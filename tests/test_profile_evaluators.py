@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,26 +18,17 @@ import profiled
 from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob, profile
 from profiled import LIMIT, LOOK_S, MIB
 from runfunctions import Flags
-from support import Program, configurations, soon, until, until_async
-from workers import by_x, errors, is_alive, no_process_left_behind
+from support import Program, configurations, run_all, soon, until, until_async
+from workers import LOKY, by_x, error_of, errors, is_alive, processes, threads, worker_marks
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
+pytestmark = worker_marks
 FUNCTIONS = {
     "timed": (profiled.timed, profiled.async_timed),
     "spike": (profiled.spike, profiled.async_spike),
     "greedy": (profiled.greedy, profiled.async_greedy),
     "mixed": (profiled.mixed, profiled.async_mixed),
 }
-LOKY = pytest.param(
-    "loky",
-    marks=pytest.mark.skipif(find_spec("loky") is None, reason="loky is not installed (extra 'loky')"),
-)
 every_method = pytest.mark.parametrize("method", ["serial", "thread", "process", LOKY, "executor"])
-
-
-@pytest.fixture(autouse=True)
-def processes() -> Iterator[None]:
-    yield from no_process_left_behind()
 
 
 def make(method: str, function: str | Callable[..., Any], **kwargs: Any) -> Evaluator:
@@ -53,10 +42,7 @@ def make(method: str, function: str | Callable[..., Any], **kwargs: Any) -> Eval
 
 def run(method: str, function: str | Callable[..., Any], args_list: list[dict[str, Any]], **kwargs: Any) -> list[Job]:
     """Run jobs; give them in the order of submission."""
-    with make(method, function, **kwargs) as evaluator:
-        evaluator.submit(args_list)
-        evaluator.gather("ALL")
-        return evaluator.jobs
+    return run_all(make(method, function, **kwargs), args_list)
 
 
 def evaluate(method: str, function: str | Callable[..., Any], args: dict[str, Any], **kwargs: Any) -> Job:
@@ -345,3 +331,17 @@ def test_a_function_that_cannot_be_sent_is_refused_at_creation(method: str) -> N
 
     with pytest.raises(ValueError, match="'lock'"):
         make(method, local, memory_limit=LIMIT, profile=True)
+
+
+@pytest.mark.parametrize("kwargs", [{"profile": True}, {"memory_limit": LIMIT}], ids=lambda kwargs: next(iter(kwargs)))
+@pytest.mark.parametrize("executor", [None, threads, processes], ids=["thread", "threads", "processes"])
+def test_a_job_whose_process_is_killed_in_time_has_stopped(executor: Any, kwargs: dict[str, Any]) -> None:
+    options = {"job_timeout": 0.3, "kill_grace": 0.1, **kwargs}
+    if executor is not None:
+        options["executor"] = executor
+    with Evaluator.create(sleeps, "thread" if executor is None else "executor", options) as evaluator:
+        assert error_of(evaluator.evaluate({})) == ("timeout", "the job ran longer than job_timeout=0.3 s")
+
+
+def sleeps(job: RunningJob) -> None:
+    threading.Event().wait(60)

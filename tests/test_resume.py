@@ -11,7 +11,7 @@ import anyio
 import msgspec
 import pytest
 
-from paraval import Evaluator, HPOJob, Job, JobStatus, RunningJob
+from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
 from paraval.engine.owners import new_owner
 from paraval.functions import name_of
 from paraval.storage import JobChange, JobRecord, MemoryStorage, SqliteStorage, Storage
@@ -259,6 +259,175 @@ def test_without_resume_a_search_goes_on_with_new_jobs(storage: Storage) -> None
     assert calls.seen == [("0.0", 1), ("0.1", 1)]
 
 
+def test_two_that_were_made_before_either_submits_share(storage: Storage) -> None:
+    calls = Calls()
+    storage.new_search()
+    with resumed(storage, calls.run) as first, resumed(storage, calls.run) as second:
+        first.submit([{"x": 1}, {"x": 2}])
+        second.submit([{"x": 2}, {"x": 3}])
+        first.submit([{"x": 3}, {"x": 1}])
+        assert sorted((job.id, job.output) for job in first.gather("ALL")) == [
+            ("0.0", 2),
+            ("0.1", 4),
+            ("0.2", 6),
+            ("0.3", 2),
+        ]
+        assert sorted((job.id, job.output) for job in second.gather("ALL")) == [("0.1", 4), ("0.2", 6)]
+    assert sorted(calls.seen) == [("0.0", 1), ("0.1", 2), ("0.2", 3), ("0.3", 1)]
+
+
+class Quicker(MemoryStorage):
+    """Where jobs are recorded, others have recorded theirs the moment before."""
+
+    theirs: Sequence[JobRecord] = ()
+    then: Callable[[], object] | None = None
+
+    def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
+        theirs, self.theirs = self.theirs, ()
+        super().insert(search_id, theirs)
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+        super().insert(search_id, records)
+
+
+def theirs(function: Callable[..., Any], owner: str, *xs: int, is_private: bool = False) -> list[JobRecord]:
+    return [
+        JobRecord(args=({"x": x},), metadata={}, function=name_of(function), owner=owner, is_private=is_private)
+        for x in xs
+    ]
+
+
+@pytest.mark.parametrize("their_driver", ["lives", "is gone"])
+def test_of_those_that_are_submitted_at_the_same_moment_one_is_run(their_driver: str) -> None:
+    storage, calls, owner = Quicker(), Calls(), new_owner()
+    storage.new_search()
+    storage.renew(owner, math.inf if their_driver == "lives" else 0)
+    storage.theirs = theirs(calls.run, owner, 2, 8)
+    with resumed(storage, calls.run) as evaluator:
+        evaluator.submit([{"x": 1}, {"x": 2}, {"x": 2}])
+        storage.update([JobChange("0.0", status=JobStatus.DONE.value, out=-2, by=owner)])  # unless it was taken over
+        first = ("0.0", -2 if their_driver == "lives" else 4)
+        assert sorted((job.id, job.output) for job in evaluator.gather("ALL")) == [first, ("0.2", 2), ("0.3", 4)]
+        assert len(calls.seen) == (2 if their_driver == "lives" else 3)
+        assert storage.load_job_status("0.4") == JobStatus.CANCELLED.value
+        with make("thread", calls.run, storage=storage, search_id="0") as other:
+            assert "0.4" not in ids(other.gather_other_jobs_done())
+        calls.seen.clear()
+        evaluator.submit([{"x": 2}])  # what was left over is the next record of its configuration
+        assert ids(evaluator.gather("ALL")) == ["0.4"]
+    with resumed(storage, calls.run) as evaluator:
+        evaluator.submit([{"x": 2}] * 3)
+        assert ids(evaluator.gather("ALL")) == ["0.0", "0.3", "0.4"]
+    assert calls.seen == [("0.4", 2)]
+
+
+def test_what_is_evaluated_at_the_same_moment_is_run_once_too() -> None:
+    storage, calls = Quicker(), Calls()
+    storage.new_search()
+    storage.theirs = [*theirs(calls.run, "gone", 2), *theirs(calls.run, "gone", 2, is_private=True)]
+    with resumed(storage, calls.run) as evaluator:
+        assert [evaluator.evaluate({"x": 2}).id for _ in range(2)] == ["0.1", "0.2"]
+
+
+def test_what_is_left_over_waits_for_its_turn() -> None:
+    storage, calls = Quicker(), Calls()
+    storage.new_search()
+    storage.theirs = theirs(calls.run, "gone", 2, 2, 2)
+    with resumed(storage, calls.run) as evaluator:
+        for k in range(4):
+            evaluator.submit([{"x": 2}])
+            assert ids(evaluator.gather("ALL")) == [f"0.{k}"]
+
+
+@pytest.mark.parametrize("meanwhile", [[5], [2], [2, 5], [5, 2, 2]])
+def test_another_submission_between_hides_no_rival(meanwhile: list[int]) -> None:
+    storage, calls = Quicker(), Calls()
+    storage.new_search()
+    storage.theirs = theirs(calls.run, "gone", 2)
+    with resumed(storage, calls.run) as evaluator:
+        storage.then = lambda: evaluator.submit([{"x": x} for x in meanwhile])
+        evaluator.submit([{"x": 2}])
+        assert len(set(ids(evaluator.gather("ALL")))) == len(meanwhile) + 1
+    assert sorted(x for _, x in calls.seen) == sorted([2, *meanwhile])
+    twos = [record.id for record in storage.scan("0")[0] if record.args == ({"x": 2},)]
+    met = sorted(str(job_id) for job_id, x in calls.seen if x == 2)
+    assert met == sorted(twos)[: len(met)], "the k-th has met the k-th"
+
+
+def test_a_storage_that_fails_while_rivals_are_met_costs_no_record() -> None:
+    class Hiccup(Quicker):
+        failures = 0
+
+        def adopt(self, revisions: Any, owner: str) -> set[str]:
+            if self.failures:
+                self.failures -= 1
+                raise OSError(5, "I/O error")
+            return super().adopt(revisions, owner)
+
+    storage, calls = Hiccup(), Calls()
+    storage.new_search()
+    storage.theirs = theirs(calls.run, "gone", 2)
+    storage.failures = 2
+    with resumed(storage, calls.run) as evaluator:
+        evaluator.submit([{"x": 2}])
+        assert ids(evaluator.gather("ALL")) == ["0.0"]
+    assert calls.seen == [("0.0", 2)]
+
+
+def test_a_storage_that_keeps_nothing_has_nothing_to_resume() -> None:
+    with pytest.raises(KeyError, match=r"no search '0' to go on with.*NullStorage"):
+        make("thread", Calls().run, storage="null:", search_id="0", resume=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_search_at_a_mistyped_path_leaves_no_store_there(tmp_path: Path, resume: bool) -> None:
+    with pytest.raises(KeyError, match=r"no search '0'.*there is no file '.*typo\.db'") as caught:
+        make("thread", Calls().run, storage=f"sqlite:///{tmp_path}/typo.db", search_id="0", resume=resume)
+    assert isinstance(caught.value, ParavalError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["gather", "others", "reuse", "follow"])
+def test_several_objectives_come_back_as_a_tuple(storage: Storage, method: str) -> None:
+    def run(job: RunningJob) -> Any:
+        return (1.0, job["x"]) if job["x"] else {"objective": (1.0, 2.0), "metadata": {"a": [1]}}
+
+    objectives = {0: (1.0, 2.0), 3: (1.0, 3.0), 4: (1.0, "F_x")}
+    storage.new_search()
+    owner = new_owner()
+    with make("thread", run, storage=storage, search_id="0", job_class=HPOJob) as evaluator:
+        if method == "follow":
+            storage.renew(owner, math.inf)
+            left_behind(storage, owner, run, JobStatus.RUNNING)
+        else:
+            evaluator.submit([{"x": 0}, {"x": 3}, {"x": "F_x"}])
+            evaluator.gather("ALL")
+    options: dict[str, Any] = {"reuse": True} if method == "reuse" else {"search_id": "0", "resume": method != "others"}
+    with make("thread", run, storage=storage, job_class=HPOJob, **options) as evaluator:
+        if method == "others":
+            jobs = evaluator.gather_other_jobs_done()
+        else:
+            evaluator.submit([{"x": 0}] if method == "follow" else [{"x": 0}, {"x": 3}])
+            if method == "follow":
+                storage.update([JobChange("0.0", status=JobStatus.DONE.value, out=[1.0, 2.0], by=owner)])
+            jobs = evaluator.gather("ALL")
+    assert jobs
+    for job in jobs:
+        assert isinstance(job, HPOJob)
+        assert job.objective == objectives.get(job.args["x"], (1.0, "F_x"))
+        assert isinstance(job.objective, tuple)
+
+
+def test_a_list_that_a_plain_job_returned_stays_one(storage: Storage) -> None:
+    def run(job: RunningJob) -> Any:
+        return [1.0, 2.0]
+
+    for options in ({}, {"search_id": "0", "resume": True}):
+        with make("thread", run, storage=storage, **options) as evaluator:
+            assert evaluator.evaluate({}).output == [1.0, 2.0]
+
+
 # -- reuse -------------------------------------------------------------------------------------------------------------
 
 
@@ -322,3 +491,66 @@ def test_objects_that_no_store_could_keep_are_like_no_other() -> None:
     with make("thread", Calls().run, reuse=True) as evaluator:
         evaluator.submit([{"x": [object()]}, {"x": [object()]}])
         assert [job.reused for job in evaluator.gather("ALL")] == [None, None]
+
+
+class Counting(MemoryStorage):
+    """Counts what is scanned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scanned: list[str] = []
+
+    def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
+        self.scanned.append(search_id)
+        return super().scan(search_id, since)
+
+
+def test_what_reuse_costs_does_not_grow_with_the_searches() -> None:
+    storage, calls = Counting(), Calls()
+
+    def result_in(search_id: str, x: int) -> None:
+        record = JobRecord(args=({"x": x},), metadata={}, function=name_of(calls.run), status=2, out=-x, owner="other")
+        storage.insert(search_id, [record])
+
+    for x in range(100, 300):
+        result_in(storage.new_search(), x)
+    with make("thread", calls.run, storage=storage, reuse=True) as evaluator:
+        assert evaluator.evaluate({"x": 299}).output == -299
+        evaluator.evaluate({"x": 0})  # it sees that nothing happens
+        storage.scanned.clear()
+        for x in range(10):
+            evaluator.evaluate({"x": x})
+        assert storage.scanned.count(evaluator.search_id) == 10
+        assert len(storage.scanned) < 100  # of 2,000
+        # What is new in a search that was made since is found at once, as is what follows there.
+        result_in(new := storage.new_search(), 50)
+        assert evaluator.evaluate({"x": 50}).output == -50
+        result_in(new, 51)
+        assert evaluator.evaluate({"x": 51}).output == -51
+        # In one where nothing happened for a while, it is found when its turn comes.
+        result_in("7", 60)
+        for _ in range(30):
+            evaluator.evaluate({"x": 0})
+        assert evaluator.evaluate({"x": 60}).output == -60
+
+
+def test_what_fails_while_searches_are_looked_at_is_looked_at_again() -> None:
+    class Failing(Counting):
+        fails = False
+
+        def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
+            if self.fails and search_id == "3":
+                self.fails = False
+                raise OSError(5, "I/O error")
+            return super().scan(search_id, since)
+
+    storage, calls = Failing(), Calls()
+    for _ in range(5):
+        storage.new_search()
+    with make("thread", calls.run, storage=storage, reuse=True) as evaluator:
+        for x in range(3):
+            storage.fails = True
+            evaluator.evaluate({"x": x})
+        record = JobRecord(args=({"x": 9},), metadata={}, function=name_of(calls.run), status=2, out=-9, owner="other")
+        storage.insert("3", [record])
+        assert evaluator.evaluate({"x": 9}).output == -9

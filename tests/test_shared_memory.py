@@ -15,7 +15,6 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -53,8 +52,21 @@ def storage() -> Iterator[SharedMemoryStorage]:
     storage.close()
 
 
+@pytest.fixture(autouse=True)
+def older() -> Iterator[None]:
+    """Leave threads of earlier tests out of account: one that failed may keep its storage, and so its threads."""
+    _older.update(serving_threads())
+    yield
+    _older.clear()
+
+
 def serving_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "paraval-shared"]
+    """Give the threads that answer for storages of this test."""
+    found = [thread for thread in threading.enumerate() if thread.name == "paraval-shared"]
+    return [thread for thread in found if thread not in _older]
+
+
+_older: set[threading.Thread] = set()
 
 
 def in_fork(function: Any) -> Any:
@@ -446,7 +458,8 @@ def test_a_default_timeout_of_the_program_does_not_hold(doomed: Elsewhere) -> No
         doomed.signal(signal.SIGSTOP)
         thread = threading.Thread(target=arrived.new_search)
         thread.start()
-        time.sleep(0.2)
+        thread.join(0.2)
+        assert thread.is_alive(), "it did not wait for the reply"
         doomed.signal(signal.SIGCONT)
         thread.join(30)
         assert arrived.search_ids() == ["0", "1"]

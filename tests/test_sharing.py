@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paraval import Evaluator
+from paraval import Evaluator, JobStatus
 from paraval.storage import SqliteStorage
 from sharing import function
 from support import in_threads
@@ -62,3 +62,47 @@ def test_two_evaluators_of_one_program(tmp_path: Path) -> None:
         (first, seen_by_first), (second, seen_by_second) = in_threads(drive, drive)
     assert len(first | second) == 800
     assert (seen_by_first, seen_by_second) == (second, first)
+
+
+RESUMED = """
+import sys
+from paraval import Evaluator, JobStatus
+
+def body(job):
+    with open(sys.argv[2], "a") as log:
+        log.write(f"{job['x']}\\n")
+    return job["x"]
+
+with Evaluator.create(body, "thread", {"storage": sys.argv[1], "search_id": "0", "resume": True}) as evaluator:
+    print("made", flush=True)
+    sys.stdin.readline()
+    xs = [*range(60), *range(0, 60, 5), *range(0, 60, 5)]
+    for x in xs:
+        evaluator.submit([{"x": x}])
+    print(sorted(job.output for job in evaluator.gather("ALL")) == sorted(xs), flush=True)
+"""
+
+
+def test_two_programs_that_resume_at_once_run_each_configuration_once(tmp_path: Path) -> None:
+    with SqliteStorage(tmp_path / "shared.db") as storage:
+        storage.new_search()
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", RESUMED, f"sqlite:///{tmp_path}/shared.db", str(log)]
+    programs = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(DRIVERS)
+    ]
+    for program in programs:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "made\n"  # both have looked at what is there before either submits
+    for program in programs:
+        assert program.stdin is not None
+        program.stdin.write("\n")
+        program.stdin.flush()
+    for program in programs:
+        assert program.communicate(timeout=50) == ("True\n", "")
+    expected = sorted([*range(60), *range(0, 60, 5), *range(0, 60, 5)])  # the k-th of one has met the k-th of the other
+    assert sorted(map(int, log.read_text().split())) == expected
+    with SqliteStorage(tmp_path / "shared.db") as storage:
+        done = [record for record in storage.scan("0")[0] if record.status == JobStatus.DONE.value]
+    assert sorted(record.out for record in done) == expected

@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -33,34 +34,10 @@ from paraval.testing import StorageConformance, storage_machine
 from paraval.testing.comparing import fields, same
 from support import Program, in_threads, run_program, until
 
-_folders = itertools.count()
-
-
-@pytest.fixture(params=["rollback", "wal"])
-def journal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each way to write, whatever the version of SQLite; one process alone may write ahead with every version."""
-    monkeypatch.setattr(opening, "has_sound_wal", lambda _: request.param == "wal")
-    return str(request.param)
-
-
-@pytest.fixture(scope="session")
-def quick_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a sync costs nothing, for what commits very often and is not about power losses."""
-    memory = Path("/dev/shm")  # noqa: S108 - a folder of our own in it
-    if not os.access(memory, os.W_OK):
-        yield tmp_path_factory.mktemp("quick")
-        return
-    folder = memory / f"paraval-test-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
-
 
 @pytest.fixture
-def path(quick_folder: Path) -> Path:
-    folder = quick_folder / str(next(_folders))
-    folder.mkdir()
-    return folder / "store.db"
+def path(new_path: Callable[[], Path]) -> Path:
+    return new_path()
 
 
 @pytest.fixture
@@ -114,17 +91,11 @@ class TestSqliteStorage(StorageConformance):
 
 
 @pytest.mark.parametrize("is_sound", [False, True])
-def test_at_random(quick_folder: Path, monkeypatch: pytest.MonkeyPatch, is_sound: bool) -> None:
+def test_at_random(new_path: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, is_sound: bool) -> None:
     monkeypatch.setattr(opening, "has_sound_wal", lambda _: is_sound)
-    machine = storage_machine(lambda: SqliteStorage(new_path(quick_folder)), crash)
+    machine = storage_machine(lambda: SqliteStorage(new_path()), crash)
     machine.TestCase.settings = settings(max_examples=25, stateful_step_count=25)
     machine.TestCase("runTest").runTest()
-
-
-def new_path(quick_folder: Path) -> Path:
-    folder = quick_folder / str(next(_folders))
-    folder.mkdir()
-    return folder / "store.db"
 
 
 def crash(storage: Storage) -> Storage:
@@ -138,8 +109,7 @@ def crash(storage: Storage) -> Storage:
 def half_written(storage: SqliteStorage) -> Path:
     """Copy the files as a loss of power in the midst of the next transaction leaves them."""
     path = storage._path
-    left = path.parent / f"left-{next(_folders)}"
-    left.mkdir()
+    left = Path(tempfile.mkdtemp(dir=path.parent))
 
     def begin_and_crash(connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA cache_size = 1")  # so that pages are written, once the journal is, before the commit
@@ -733,6 +703,51 @@ def test_batches_are_cut_where_one_statement_would_be_too_large(
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
+
+
+class CommitsAndFails(sqlite3.Connection):
+    """A connection on a disk that fails after a commit has taken effect, when SQLite lets go of the journal."""
+
+    commits_until_failure = sys.maxsize
+
+    def execute(self, statement: str, *args: Any) -> sqlite3.Cursor:
+        cursor = super().execute(statement, *args)
+        if statement == "COMMIT":
+            CommitsAndFails.commits_until_failure -= 1
+            if not CommitsAndFails.commits_until_failure:
+                error = sqlite3.OperationalError("disk I/O error")
+                error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+                raise error
+        return cursor
+
+
+def test_what_was_committed_though_it_failed_is_not_done_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kw: connect(*args, factory=CommitsAndFails, **kw))
+    with SqliteStorage(path) as storage:
+
+        def failing(call: Callable[[], Any]) -> Any:
+            CommitsAndFails.commits_until_failure = 1
+            try:
+                return call()
+            finally:
+                assert CommitsAndFails.commits_until_failure <= 0
+                CommitsAndFails.commits_until_failure = sys.maxsize
+
+        storage.new_search()
+        records = [JobRecord(args=(number,), owner="me") for number in range(100)]
+        failing(lambda: storage.insert("0", records))
+        assert [record.id for record in records] == [f"0.{number}" for number in range(100)]
+        failing(lambda: storage.store_job_intermediate("0.1", 1.0, 2.0))
+        assert failing(lambda: storage.adopt({"0.2": 3}, "them")) == {"0.2"}
+        found, revision = storage.scan("0")
+        assert (len(found), revision) == (100, 102)
+        assert [(record.objectives, record.owner) for record in storage.get(["0.1", "0.2"])] == [
+            ([2.0], "me"),
+            (None, "them"),
+        ]
+        with pytest.raises(StorageError, match="I/O error"):  # nobody can say of whom a new search is
+            failing(storage.new_search)
 
 
 def script() -> list[Callable[[Storage], object]]:

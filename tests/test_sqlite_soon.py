@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
 import pickle
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,38 +20,15 @@ import pytest
 from paraval import RunningJob
 from paraval.errors import StorageError
 from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage, UnknownIdError
-from paraval.storage.sqlite import SqliteStorage, opening, rows
+from paraval.storage.sqlite import SqliteStorage, rows
 from paraval.storage.writer import Writer
 from paraval.testing.comparing import fields, same
 from support import in_threads, make, run_program, until
 
-_folders = itertools.count()
-
-
-@pytest.fixture(params=["rollback", "wal"])
-def journal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(opening, "has_sound_wal", lambda _: request.param == "wal")
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def quick_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a sync costs nothing."""
-    memory = Path("/dev/shm")  # noqa: S108 - a folder of our own in it
-    if not os.access(memory, os.W_OK):
-        yield tmp_path_factory.mktemp("quick")
-        return
-    folder = memory / f"paraval-test-soon-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
-
 
 @pytest.fixture
-def path(quick_folder: Path) -> Path:
-    folder = quick_folder / str(next(_folders))
-    folder.mkdir()
-    return folder / "store.db"
+def path(new_path: Callable[[], Path]) -> Path:
+    return new_path()
 
 
 @pytest.fixture

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +16,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
+import redis_server as real
 from paraval import Evaluator, HPOJob, Job, JobError, JobStatus, ParavalError, RunningJob
 from paraval.callback import Callback
-from paraval.storage import JobChange, JobRecord, MemoryStorage, NullStorage, Storage, UnknownIdError
+from paraval.storage import (
+    JobChange,
+    JobRecord,
+    MemoryStorage,
+    NullStorage,
+    RedisStorage,
+    SharedMemoryStorage,
+    SqliteStorage,
+    Storage,
+    UnknownIdError,
+)
+from redis_server import new_prefix
 from support import METHODS, Stage, configurations, double, ids, in_threads, make, outputs, until
+
+redis_server = real.redis_server  # the fixture
 
 BLANK: dict[str, Any] = {
     "status": 0,
@@ -429,6 +447,73 @@ def test_a_search_in_the_storage_can_be_named(storage: MemoryStorage) -> None:
 def test_a_search_that_does_not_exist_is_named(storage: MemoryStorage) -> None:
     with pytest.raises(KeyError, match="no search '7'"):
         make("thread", double, storage=storage, search_id="7")
+
+
+def note(job: RunningJob) -> Any:
+    """Note something beside the output, in each way there is."""
+    job.storage.store_job_metadata(str(job.id), "stored", 7)
+    job.storage.store_job(str(job.id), "metadata", {"both": "stored"})
+    return {"objective": 1.0, "metadata": {"returned": 8, "both": "returned"}}
+
+
+def processes() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver"))
+
+
+@pytest.fixture(params=["memory", "shared", "sqlite", "redis"])
+def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "redis":
+        server = request.getfixturevalue("redis_server")  # it skips the test where there is none
+        with RedisStorage(server.url, prefix=new_prefix()) as storage:
+            yield storage
+    elif request.param == "sqlite":
+        with SqliteStorage(tmp_path / "jobs.db") as storage:
+            yield storage
+    else:
+        with MemoryStorage() if request.param == "memory" else SharedMemoryStorage() as storage:
+            yield storage
+
+
+@pytest.mark.parametrize("method", ["serial", "thread", "process", "loky", "executor"])
+def test_what_a_job_stores_is_in_its_record_and_what_it_returns_in_both(any_storage: Storage, method: str) -> None:
+    kwargs: dict[str, Any] = {"executor": processes} if method == "executor" else {}
+    if method == "loky":
+        pytest.importorskip("loky", reason="the evaluator needs the extra 'loky'")
+    with make(method, note, storage=any_storage, job_class=HPOJob, **kwargs) as evaluator:
+        job = evaluator.evaluate({"x": 1})
+        assert job.error is None
+        assert any_storage.load_job(job.id)["metadata"].keys() >= {"stored", "returned", "timestamp_submit"}
+        any_storage.store_job_metadata(job.id, "later", 9)
+        any_storage.store_job_metadata(job.id, "both", "stored later")
+        timestamps = {"timestamp_submit", "timestamp_gather"}
+        assert {key: value for key, value in job.metadata.items() if key not in timestamps} == {
+            "returned": 8,
+            "both": "returned",
+        }
+    stored = any_storage.load_job(job.id)["metadata"]
+    assert stored.keys() == timestamps | {"stored", "returned", "both", "later"}
+    assert (stored["stored"], stored["returned"], stored["later"]) == (7, 8, 9)
+    assert stored["both"] == "stored later", "the last word"
+
+
+def test_what_a_job_stored_is_in_the_metadata_of_whoever_finds_it(any_storage: Storage) -> None:
+    with make("thread", note, storage=any_storage) as evaluator:
+        evaluator.submit(configurations(1))
+        evaluator.gather("ALL")
+    options: dict[str, Any] = {"storage": any_storage, "search_id": evaluator.search_id}
+    with make("thread", note, **options) as other, make("thread", note, resume=True, **options) as resumed:
+        (theirs,) = other.gather_other_jobs_done()
+        resumed.submit(configurations(1))
+        (restored,) = resumed.gather("ALL")
+    assert restored.restored
+    assert theirs.metadata == restored.metadata == any_storage.load_job(theirs.id)["metadata"]
+    assert theirs.metadata["stored"] == 7
+
+
+def test_what_is_stored_under_a_name_of_the_record_hides_nothing(storage: MemoryStorage, search_id: str) -> None:
+    record = JobRecord(status=2, out=1.0, extra={"out": "hijacked", "status": 0, "metadata": None, "mine": 1})
+    storage.insert(search_id, [record])
+    assert storage.load_job(record.id) == {**BLANK, "status": 2, "out": 1.0, "mine": 1}
 
 
 # -- jobs of others ----------------------------------------------------------------------------------------------------

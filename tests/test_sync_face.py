@@ -411,7 +411,7 @@ def test_it_works_inside_a_running_loop(method: str, factory: Any, debug: bool) 
         runner.run(main())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trio") is None, reason="trio is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("trio") is None, reason="trio is not installed (extra 'trio')")
 def test_it_works_inside_trio(method: str) -> None:
     import trio
 
@@ -1033,6 +1033,18 @@ def test_execute_can_be_extended(base: type[Evaluator]) -> None:
             assert job.timing.ran is not None
 
 
+def test_execute_is_for_a_job_that_a_worker_has(method: str) -> None:
+    async def execute() -> None:
+        await evaluator.execute(job)
+
+    with make(method, double) as evaluator:
+        job = evaluator.evaluate({"x": 1})
+        with pytest.raises(UsageError, match=f"no worker has job {job.id}"):
+            asyncio.run(execute())
+    with pytest.raises(UsageError, match="called by the evaluator"):
+        asyncio.run(execute())
+
+
 @pytest.mark.parametrize("base", [SerialEvaluator, ThreadPoolEvaluator])
 def test_execute_can_be_replaced(base: type[Evaluator]) -> None:
     class Own(base):  # type: ignore[valid-type,misc] # each of the two in turn
@@ -1194,6 +1206,22 @@ def test_callbacks_hear_everything_in_order(method: str) -> None:
         ("gather", (["0.1"], [])),
         ("close", None),
     ]
+
+
+def test_a_callback_cannot_submit_at_the_close(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Submits(Callback):
+        def on_close(self) -> None:
+            evaluator.submit(configurations(1))
+
+    with make(method, double, callbacks=[Submits()]) as evaluator:
+        assert evaluator.evaluate({"x": 3}).output == 6.0
+    assert "a callback that is told of the close cannot submit: do so after close() has returned" in caplog.text
+    assert evaluator.statistics().callback_errors == 1
+    assert len(evaluator.jobs) == 0
+    evaluator.callbacks.clear()
+    evaluator.submit(configurations(1))
+    assert len(evaluator.gather("ALL")) == 1
+    evaluator.close()
 
 
 def test_callbacks_hear_of_cancelled_jobs(method: str, stage: Stage) -> None:
@@ -1505,7 +1533,7 @@ def test_an_exception_that_has_no_name(method: str) -> None:
 
 
 def test_numbers_of_numpy_are_numbers(method: str) -> None:
-    numpy = pytest.importorskip("numpy")
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed (dependency group 'test')")
     options = {"num_workers": numpy.int64(2), "job_timeout": numpy.float32(50), "kill_grace": numpy.int64(1)}
     with make(method, double, **options) as evaluator:
         evaluator.timeout = numpy.int64(50)

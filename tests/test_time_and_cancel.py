@@ -81,15 +81,6 @@ def test_a_job_that_runs_too_long_is_stopped_and_no_other(method: str, stage: St
         assert evaluator.statistics().done == 4
 
 
-def test_a_job_is_stopped_in_time(method: str, stage: Stage) -> None:
-    """It overshoots its limit, with the grace, by half a second at most."""
-    with make(method, stage.function(method), job_timeout=0.1, kill_grace=0.2) as evaluator:
-        evaluator.submit(configurations(1))
-        (job,) = evaluator.gather("ALL")
-        assert job.timing.ran is not None
-        assert 0.1 <= job.timing.ran < 0.1 + 0.2 + 0.5
-
-
 def test_the_time_in_the_queue_does_not_count(method: str) -> None:
     async def coroutine(job: RunningJob) -> None:
         await anyio.sleep(0.15)
@@ -205,8 +196,8 @@ def test_an_async_job_in_a_thread_is_cancelled(storage: CountingStorage) -> None
         evaluator.submit(configurations(4))
         for job in evaluator.gather("ALL"):
             check_timed_out(job, storage)
-            assert job.timing.ran is not None
-            assert job.timing.ran < 4.0  # it did not take the grace
+            assert job.error is not None
+            assert "did not stop" not in job.error.message  # it did not take the grace
     assert cleaned.is_open
 
 
@@ -239,9 +230,15 @@ def test_a_coroutine_that_begins_after_it_was_asked_to_stop_is_cancelled(storage
 
 
 def test_a_thread_that_does_not_stop_is_given_up_and_its_slot_not_used(stage: Stage, storage: CountingStorage) -> None:
-    evaluator = make(
-        "thread", stage.plain, num_workers=1, job_timeout=0.05, kill_grace=0.05, job_class=HPOJob, storage=storage
-    )
+    calls: list[str] = []
+
+    def run(job: RunningJob) -> Any:
+        calls.append(f"{job['x']} begins")
+        value = stage.plain(job)
+        calls.append(f"{job['x']} returns")
+        return value
+
+    evaluator = make("thread", run, num_workers=1, job_timeout=0.05, kill_grace=0.05, job_class=HPOJob, storage=storage)
     with evaluator:
         evaluator.submit(configurations(2))
         (job,) = evaluator.gather("BATCH", 1)
@@ -249,13 +246,13 @@ def test_a_thread_that_does_not_stop_is_given_up_and_its_slot_not_used(stage: St
         assert job.error is not None
         assert "did not stop" in job.error.message
         # The only thread is still in that call: the next job waits for it.
-        assert not stage.started(1).peek(0.1)
         statistics = evaluator.statistics()
         assert (statistics.pending, statistics.running) == (1, 0)
         stage.release(1)
         stage.release(0)
         (job,) = evaluator.gather("ALL")
         assert (job.args, job.stored_output) == ({"x": 1}, 1.0)
+        assert calls == ["0 begins", "0 returns", "1 begins", "1 returns"]
         assert storage.terminal == {"0.0": 1, "0.1": 1}
 
 
@@ -269,13 +266,19 @@ def test_the_other_slots_work_on_beside_a_thread_that_does_not_stop(stage: Stage
 
 
 def test_close_gives_up_a_thread_that_does_not_stop(stage: Stage, storage: CountingStorage) -> None:
-    evaluator = make("thread", stage.plain, num_workers=2, kill_grace=0.05, storage=storage)
+    returned: list[int] = []
+
+    def run(job: RunningJob) -> Any:
+        value = stage.plain(job)
+        returned.append(job["x"])
+        return value
+
+    evaluator = make("thread", run, num_workers=2, kill_grace=0.05, storage=storage)
     evaluator.submit(configurations(3))
     stage.started(0).wait()
     stage.started(1).wait()
-    before = time.monotonic()
     assert ids(evaluator.close()) == ["0.0", "0.1", "0.2"]
-    assert time.monotonic() - before < 0.05 + 0.5 + 1.5  # bounded: the grace, the margin, the loop's own end
+    assert returned == []  # it has not waited for them
     assert {job.status for job in evaluator.jobs} == {JobStatus.CANCELLED}
     # It can be used again at once, on new threads.
     stage.release(7)
@@ -287,20 +290,20 @@ def test_close_gives_up_a_thread_that_does_not_stop(stage: Stage, storage: Count
 
 
 def test_close_gives_up_a_loop_that_does_not_answer(storage: CountingStorage) -> None:
-    go, started = Latch(), Latch()
+    go, started, went_on = Latch(), Latch(), Latch()
 
     async def run(job: RunningJob) -> int:
         if job["x"] == 0:
             started.open()
             go.wait()  # it blocks the loop
+            went_on.open()
         return int(job["x"])
 
     evaluator = make("serial", run, num_workers=2, kill_grace=0.05, storage=storage)
     evaluator.submit(configurations(2))
     started.wait()
-    before = time.monotonic()
     assert ids(evaluator.close()) == ["0.0", "0.1"]
-    assert time.monotonic() - before < 0.05 + 3.0
+    assert not went_on.is_open  # it has not waited for it
     go.open()
     assert evaluator.evaluate({"x": 7}).output == 7
     assert evaluator.close() == []

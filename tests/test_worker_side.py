@@ -11,46 +11,31 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paraval import Evaluator, Job, ParavalError, RunningJob
-from support import outputs
-from workers import errors, no_process_left_behind
+from support import outputs, run_all, run_program
+from workers import LOKY, errors, processes, worker_marks
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
-    pytest.mark.filterwarnings("error"),
-]
+pytestmark = worker_marks
 
-needs_loky = pytest.mark.skipif(find_spec("loky") is None, reason="the extra 'loky' brings it")
-IN_PROCESSES = ["process", pytest.param("loky", marks=needs_loky)]
+IN_PROCESSES = ["process", LOKY]
 ASYNC_CAPABLE = ["process", "thread", "executor"]
-
-
-@pytest.fixture(autouse=True)
-def processes() -> Iterator[None]:
-    yield from no_process_left_behind()
 
 
 def make(function: Callable[..., Any], method: str = "process", **kwargs: Any) -> Evaluator:
     if method == "executor":
-        kwargs["executor"] = lambda: ProcessPoolExecutor(1, mp_context=get_context("forkserver"))
+        kwargs["executor"] = lambda: processes(1)
     return Evaluator.create(function, method, kwargs)
 
 
 def run(function: Callable[..., Any], args_list: list[dict[str, Any]], method: str = "process", **kwargs: Any) -> Any:
     """Run jobs one after the other, in one worker; give them in the order of submission."""
-    with make(function, method, num_workers=1, **kwargs) as evaluator:
-        evaluator.submit(args_list)
-        evaluator.gather("ALL")
-        return evaluator.jobs
+    return run_all(make(function, method, num_workers=1, **kwargs), args_list)
 
 
 def result(function: Callable[..., Any], method: str = "process", **kwargs: Any) -> Any:
@@ -133,6 +118,35 @@ def test_a_forked_process_that_comes_back_ends_with_its_own_exit_code(method: st
     jobs = run(async_function if is_async else function, [{"x": x} for x in range(len(ends))], method)
     assert errors(jobs) == []
     assert [job.output for job in jobs] == [0, 0, 0, 3, 1, 1]
+
+
+FORKS_IN_THREADS = """
+import os, sys, warnings
+from concurrent.futures import ThreadPoolExecutor
+from paraval import Evaluator
+
+ends = [lambda: None, sys.exit, lambda: sys.exit(3), lambda: 1 / 0]
+
+def function(job):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
+        pid = os.fork()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if pid else ends[job["x"]]()
+
+async def coroutine(job):
+    return function(job)
+
+for run_function in (function, coroutine):
+    for method, kwargs in {"thread": {}, "executor": {"executor": ThreadPoolExecutor}}.items():
+        with Evaluator.create(run_function, method, kwargs) as evaluator:
+            print(method, [evaluator.evaluate({"x": x}).output for x in range(4)])
+"""
+
+
+def test_a_process_forked_in_a_thread_that_comes_back_ends() -> None:
+    program = run_program(FORKS_IN_THREADS)
+    assert program.stdout == ["thread [0, 0, 3, 1]", "executor [0, 0, 3, 1]"] * 2
+    assert program.complaints == []
 
 
 @pytest.mark.parametrize("method", IN_PROCESSES)
@@ -350,13 +364,24 @@ def run(job, hook):
     hook()
     return model, len(calls)
 
-kwargs = {"initializer": load, "run_function_kwargs": {"hook": count}}
-with Evaluator.create(run, sys.argv[1], kwargs) as evaluator:
-    print(evaluator.evaluate({}).output, evaluator.evaluate({}).output)
+method = sys.argv[1]
+kwargs = {"run_function_kwargs": {"hook": count}}
+if method == "executor":
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    kwargs["executor"] = lambda: ProcessPoolExecutor(1, mp_context=get_context("forkserver"))
+    model = "loaded"
+else:
+    kwargs["initializer"] = load
+
+if __name__ == "__main__":
+    with Evaluator.create(run, method, kwargs) as evaluator:
+        print(evaluator.evaluate({}).output, evaluator.evaluate({}).output)
 """
 
 
-@pytest.mark.parametrize("method", IN_PROCESSES)
+@pytest.mark.parametrize("method", [*IN_PROCESSES, "executor"])
 def test_what_a_script_sends_shares_its_globals(tmp_path: Path, method: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")

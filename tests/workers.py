@@ -1,22 +1,37 @@
-"""What the tests of worker processes share: who is alive, what is open, programs that die."""
+"""What the tests of worker processes share: who is alive, what is open, programs that die, executors of others."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from paraval import Job, JobStatus
+import pytest
+
+from paraval import Evaluator, Job, JobStatus, RunningJob
 from runfunctions import Flags
-from support import WAIT_S, until
+from support import WAIT_S, run_all, until
+
+worker_marks = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc"),
+    pytest.mark.usefixtures("no_process_left_behind"),
+]
+"""What a module of such tests is marked with."""
+needs_loky = pytest.mark.skipif(find_spec("loky") is None, reason="loky is not installed (extra 'loky')")
+needs_trio = pytest.mark.skipif(find_spec("trio") is None, reason="trio is not installed (extra 'trio')")
+LOKY = pytest.param("loky", marks=needs_loky)
 
 TESTS = str(Path(__file__).parent)
 PROC = Path("/proc")
@@ -57,13 +72,6 @@ def _read(pid: int, name: str) -> bytes:
         return (PROC / str(pid) / name).read_bytes()
     except OSError:
         return b""
-
-
-def no_process_left_behind() -> Iterator[None]:
-    """Do what a fixture does: fail the test after which a process that it started exists."""
-    before = children()
-    yield
-    until(lambda: children() <= before)
 
 
 def open_files(pid: int | str = "self") -> list[str]:
@@ -170,6 +178,20 @@ class Driver:
         return Path(self._output.name).read_text(encoding="utf-8", errors="replace")
 
 
+def polite(flags: Flags) -> Callable[[RunningJob], Any]:
+    """Make a run-function that says where it runs, and returns early when it is asked to stop."""
+
+    def function(job: RunningJob) -> Any:
+        flags.put(f"pid-{job['x']}", os.getpid())
+        while not flags.up(f"go-{job['x']}"):
+            if job.stopped():
+                return f"stopped: {job.status.name}"
+            time.sleep(0.002)
+        return job["x"]
+
+    return function
+
+
 def by_x(jobs: list[Job]) -> dict[Any, Job]:
     return {job.args["x"]: job for job in jobs}
 
@@ -179,5 +201,51 @@ def errors(jobs: list[Job]) -> list[str]:
     return [f"{job.id}: {job.error.summary}" for job in jobs if job.error is not None]
 
 
+def error_of(job: Job) -> tuple[str, str]:
+    assert job.error is not None, job
+    return job.error.kind, job.error.message
+
+
 def timed_out(job: Job) -> bool:
     return job.status is JobStatus.CANCELLED and job.error is not None and job.error.kind == "timeout"
+
+
+# -- executors ---------------------------------------------------------------------------------------------------------
+
+
+def processes(workers: int = 2) -> ProcessPoolExecutor:
+    # Not by fork: what is forked from a process with threads may wait for ever for a lock that one of them held.
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+
+
+def threads(workers: int = 2) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers)
+
+
+class ThreadEach(Executor):
+    """Somebody's own executor: a thread for each call, and no more than an Executor must have."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self.call(fn, *args, **kwargs))
+            except BaseException as exc:  # noqa: BLE001 - it is raised where the result is asked for
+                future.set_exception(exc)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+
+def make_in(function: Callable[..., Any], executor: Any, **kwargs: Any) -> Evaluator:
+    """Make an evaluator on an executor, or on a factory of some."""
+    return Evaluator.create(function, "executor", {"executor": executor, **kwargs})
+
+
+def run_in(function: Callable[..., Any], executor: Any, args_list: list[dict[str, Any]], **kwargs: Any) -> list[Job]:
+    """Run jobs there; give them in the order of submission."""
+    return run_all(make_in(function, executor, **kwargs), args_list)

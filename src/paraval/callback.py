@@ -15,6 +15,7 @@ import operator
 import os
 import reprlib
 import threading
+import weakref
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -220,7 +221,9 @@ class SearchEarlyStopping(Callback):
 class CSVLoggerCallback(Callback):
     """Writes the jobs to a CSV file: those of each gather when it returns, and what nobody gathered at the close.
 
-    The columns, and what holds for the file on disk, are told at :class:`paraval.csvlog.CSVLog`.
+    The columns, and what holds for the file on disk, are told at :class:`paraval.csvlog.CSVLog`. It may serve several
+    evaluators, one after the other or at a time: each job that they run is one row. (A job of another evaluator on the
+    same search is one row for each that finds it with ``gather_other_jobs_done``.)
 
     Args:
         path: where to write; its directory must exist. A file that is there already is kept under another name.
@@ -238,6 +241,7 @@ class CSVLoggerCallback(Callback):
         self._log = CSVLog(path)
         self.path = self._log.path
         self._ungathered: dict[int, Job] = {}
+        self._written_early: weakref.WeakValueDictionary[int, Job] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     @property
@@ -256,9 +260,10 @@ class CSVLoggerCallback(Callback):
         Raises:
             CSVError: they are not; they are kept for the next write.
         """
-        jobs = [*local_jobs, *other_jobs]
-        self._log.add(jobs)  # before they are forgotten here: a Ctrl-C between the two must not lose them
         with self._lock:
+            early = self._written_early
+            jobs = [job for job in (*local_jobs, *other_jobs) if early.get(id(job)) is not job]
+            self._log.add(jobs)  # before they are forgotten here: a Ctrl-C between the two must not lose them
             for job in jobs:
                 self._ungathered.pop(id(job), None)
         self._log.write()
@@ -274,7 +279,9 @@ class CSVLoggerCallback(Callback):
             CSVError: it could not be written; it is kept for the next write.
         """
         with self._lock:
+            # Some may be gathered later: those of another evaluator, which goes on.
             self._log.add(self._ungathered.values())
+            self._written_early.update(self._ungathered)
             self._ungathered = {}
         self._log.close()
 

@@ -124,9 +124,9 @@ def capture(name: str, value: object, *, default: int) -> int | None:
     """Take True, False or a number of bytes; give the number, or None."""
     if isinstance(value, bool):
         return default if value else None
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise BadValueError(f"{name} must be True, False or a positive number of bytes, not {value!r}")
-    return value
+    return int(value)
 
 
 def function_or_none(name: str, value: object) -> Any:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from paraval.csvfile import PATIENCE, CSVError, CSVPathError, check_writable, sink_at
@@ -59,7 +59,8 @@ class CSVLog:
         path: where to write. It is checked now; the file is made with the first row.
         saved_keys: None: all arguments; a list: those with these names; a callable: the dict it returns for the job.
         convert: applied to the values that a list of ``saved_keys`` selects.
-        error_column: adds ``m:error``: one line on why the job failed, empty otherwise.
+        error_column: adds ``m:error``: one line on why the job failed, empty otherwise. What is named ``error`` in the
+            metadata is then in ``m:error_``.
         parameters: names of arguments that get a column even if the first successful job lacks them.
         late_columns: keep what later jobs have beyond the columns of the first success (up to 100 columns more).
 
@@ -231,8 +232,11 @@ class CSVLog:
     def _row(self, job: Job) -> _Row:
         ends = {"job_id": str(job.id).rpartition(".")[2], "job_status": job.status.name}
         parameters = self._parameters | {f"p:{key}": _cell(value) for key, value in self._selected(job).items()}
-        metadata = {f"m:{key}": _cell(value) for key, value in list(job.metadata.items()) if str(key)[:1] != "_"}
-        if self._error_column and (job.error is not None or "m:error" not in metadata):
+        noted = {str(key): value for key, value in list(job.metadata.items()) if str(key)[:1] != "_"}
+        if self._error_column and "error" in noted:
+            noted[name_beside_error(noted)] = noted.pop("error")
+        metadata = {f"m:{key}": _cell(value) for key, value in noted.items()}
+        if self._error_column:
             metadata["m:error"] = "" if job.error is None else job.error.summary
         if not isinstance(job, HPOJob):
             output = job.output if isinstance(job.output, dict) else {"": job.output}
@@ -258,6 +262,14 @@ class CSVLog:
         if not isinstance(selected, Mapping):
             raise WrongTypeError(f"the saved_keys function must return a dict, not {type(selected).__name__}")
         return selected
+
+
+def name_beside_error(*metadata: Container[str]) -> str:
+    """Give the name for what metadata calls ``"error"``, where the column ``m:error`` says why a job failed."""
+    name = "error_"
+    while any(name in noted for noted in metadata):
+        name += "_"
+    return name
 
 
 def _cell(value: Any) -> str:

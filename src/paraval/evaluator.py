@@ -13,16 +13,25 @@ import time
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 import anyio
-import anyio.to_thread
 
 from paraval import checks, registry
 from paraval.backends.base import Backend, Cancellation, RunSpec
 from paraval.checks import Args
-from paraval.engine import Engine, EngineSettings, Gate, Intake, Ledger, Lifecycle, Notifier, Others, Statistics
+from paraval.engine import (
+    Engine,
+    EngineSettings,
+    Gate,
+    Gathered,
+    Intake,
+    Ledger,
+    Lifecycle,
+    Notifier,
+    Others,
+    Statistics,
+)
 from paraval.engine.batching import Batching, BatchSizer
 from paraval.engine.ledger import until_set, waker
 from paraval.engine.owners import new_owner
@@ -37,9 +46,9 @@ from paraval.errors import (
 )
 from paraval.functions import name_of
 from paraval.job import HPOJob, Job, JobContext
-from paraval.loops import Loop
+from paraval.loops import Loop, call_in_common_thread
 from paraval.reference_names import ReferenceNames
-from paraval.storage import JobChange, MemoryStorage, Storage
+from paraval.storage import MemoryStorage, Storage, UnknownIdError
 from paraval.storage.writer import Writer
 
 if TYPE_CHECKING:
@@ -63,7 +72,8 @@ class Evaluator(ReferenceNames, abc.ABC):
     (``job.error``), never an exception of ``gather``, unless that is asked for.
 
     Every method may be called from any thread, from a plain script, inside a running event loop, in Jupyter. The jobs'
-    home is an event loop in a thread of its own, or, with ``async with``, the caller's loop (asyncio or trio).
+    home is an event loop in a thread of its own, or, with ``async with``, the caller's loop (asyncio or trio). Such a
+    block may be left in any task, and in any order with others.
 
     Args:
         run_function: called once for each job.
@@ -89,9 +99,10 @@ class Evaluator(ReferenceNames, abc.ABC):
         profile: measure when each job ran and how much memory it took, as :func:`~paraval.profile` does with
             ``memory=True``.
         resume: go on with the search ``search_id``: the k-th submission of a configuration meets the k-th record of
-            it. One that has ended comes back from ``gather`` as it was stored (``job.restored``); one that was waiting
-            or running in a driver that is gone is run under its old id, at most ``max_attempts`` times; one that a
-            living driver has is waited for. What was stopped because its driver ended is run.
+            it, be it of an earlier driver or of one that works on the search now, so that together they run each once.
+            One that has ended comes back from ``gather`` as it was stored (``job.restored``); one that was waiting or
+            running in a driver that is gone is run under its old id, at most ``max_attempts`` times; one that a living
+            driver has is waited for. What was stopped because its driver ended is run.
         reuse: answer a configuration that has a result in the storage, in whatever search, with that result, and have
             one that is the same as a job in flight wait for that (``job.reused``). Failures are not reused.
 
@@ -154,7 +165,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._callbacks: list[Callback] = checks.callbacks(callbacks)
         if resume and search_id is None:
             raise BadValueError("resume=True goes on with a search: say which one, with search_id")
-        self._storage = _storage_of(storage)
+        self._storage = _storage_of(storage, search_id)
         self._job_timeout = None if job_timeout is None else checks.seconds("job_timeout", job_timeout, or_zero=False)
         if on_error not in ("record", "raise"):
             raise BadValueError(f"on_error must be 'record' or 'raise', not {on_error!r}")
@@ -179,8 +190,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         job_class = checks.job_class(job_class)
         self._backend = self._make_backend()
         # After all that may be refused: it would leave an empty search behind.
-        self._search_id: str = self._storage.create_new_search() if search_id is None else str(search_id)
-        self._storage.scan(self._search_id, since=sys.maxsize)  # it raises where there is no such search
+        self._search_id = _search_in(self._storage, search_id, resume=resume)
         self._ledger = Ledger(counts_pending=self._max_pending is not None)
         self._notifier = Notifier(self._callbacks)
         overridden = type(self).execute is not Evaluator.execute
@@ -207,7 +217,8 @@ class Evaluator(ReferenceNames, abc.ABC):
         if self._writer is not None and self._backend.is_on_home_loop:
             self._context.record = self._writer.put_intermediate
         self._others = Others(self._storage, self._search_id, self._owner)
-        self._restored: set[str] = set()
+        self._gathered = Gathered(self._ledger, self._notifier, self._writer, self._owner, self._clock)
+        self.job_id_gathered = self._gathered.ids
         self._intake = Intake(
             storage=self._storage,
             writer=self._writer,
@@ -223,14 +234,10 @@ class Evaluator(ReferenceNames, abc.ABC):
             notifier=self._notifier,
             life=self._life,
         )
-        self.job_id_gathered: list[str] = []
-        self._counting = threading.Lock()  # of the number below
-        self._num_gathered = 0
         self._num_offset = 0
         self._timeout: float | None = None
         self._timeout_set = 0.0
-        self._is_closing = False
-        self._undumped: list[Job] = []
+        self._closer: int | None = None
         _alive.add(self)
 
     def _recall(self, function_name: str, max_attempts: int, *, resume: bool, reuse: bool) -> Recall | None:
@@ -280,7 +287,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         Raises:
             MaximumJobsSpawnReached: the limit was met; the jobs that fitted under it were submitted.
         """
-        self._life.refuse_after_fork()
+        self._refuse_submission()
         waiting = checks.configurations(args_list)
         while waiting:
             room = self._ledger.reserve(len(waiting), self._max_pending)
@@ -293,7 +300,7 @@ class Evaluator(ReferenceNames, abc.ABC):
 
     async def submit_async(self, args_list: Sequence[Args]) -> None:
         """Start jobs as :meth:`submit` does; where ``max_pending`` asks for it, wait without blocking the loop."""
-        self._life.refuse_after_fork()
+        self._refuse_submission()
         waiting = checks.configurations(args_list)
         while waiting:
             await self._life.wait_until_closed()
@@ -306,8 +313,13 @@ class Evaluator(ReferenceNames, abc.ABC):
 
     async def _launch_async(self, configurations: list[Args], private: Callable[[], object] | None = None) -> list[Job]:
         if self._intake.is_slow:  # whole, in a thread: a cancellation must not come between recording and launching
-            return await anyio.to_thread.run_sync(self._intake.launch, configurations, private)
+            return await call_in_common_thread(self._intake.launch, configurations, private)
         return self._intake.launch(configurations, private)
+
+    def _refuse_submission(self) -> None:
+        self._life.refuse_after_fork()
+        if self._closer == threading.get_ident():
+            raise UsageError("a callback that is told of the close cannot submit: do so after close() has returned")
 
     def _has_room(self) -> bool:
         return self._max_pending is None or self._ledger.pending < self._max_pending
@@ -338,7 +350,7 @@ class Evaluator(ReferenceNames, abc.ABC):
                 self._ledger.wait(ready, self._life.check)
                 if self._ledger.take_into(jobs, ready):  # else another thread was quicker
                     break
-            self._note_gathered(jobs)
+            self._gathered.add(jobs)
             return self._raise_failures(jobs)
         except JobsFailedError:
             raise  # the jobs are on it
@@ -367,21 +379,8 @@ class Evaluator(ReferenceNames, abc.ABC):
             await self._ledger.wait_async(ready, self._life.check_from_here)
             if self._ledger.take_into(jobs, ready, limit):  # else another task or thread was quicker
                 # Nothing awaits between the taking and the return unless it is shielded.
-                await self._note_gathered_async(jobs)
+                await self._gathered.add_async(jobs)
                 return self._raise_failures(jobs)
-
-    async def _note_gathered_async(self, jobs: list[Job], *, are_private: bool = False) -> None:
-        fresh = self._stamp_gathered(jobs, are_private=are_private)
-        if not self._callbacks:
-            self._tell_gathered(fresh)
-            return
-        try:
-            # A callback may write to a disk: not on the caller's loop.
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._tell_gathered, fresh)
-        except BaseException:  # asyncio's own task.cancel() goes through any shield; the thread goes on
-            self._ledger.put_back(jobs)
-            raise
 
     def _gather_condition(self, type_: str, size: int) -> Callable[[], bool]:
         if type_ == "ALL":
@@ -396,32 +395,6 @@ class Evaluator(ReferenceNames, abc.ABC):
                 stacklevel=3,
             )
         return self._ledger.when_batch_done(size)
-
-    def _note_gathered(self, jobs: list[Job]) -> None:
-        self._tell_gathered(self._stamp_gathered(jobs))
-
-    def _stamp_gathered(self, jobs: list[Job], *, are_private: bool = False) -> list[Job]:
-        """Note the time; give the jobs that are gathered for the first time (close() may have shown some already)."""
-        now = self._clock()
-        fresh = [job for job in jobs if job._gathered is None]
-        for job in fresh:
-            job._gathered = now
-            if job.restored:
-                self._restored.add(job.id)  # they are as many as the records that the evaluator has begun with
-            else:
-                job.metadata["timestamp_gather"] = now
-        with self._counting:
-            self._num_gathered += len(fresh)
-        if not are_private:  # of a service that evaluates for months, nothing must stay
-            self.job_id_gathered += [job.id for job in fresh]
-            self._undumped += fresh
-        return fresh
-
-    def _tell_gathered(self, fresh: list[Job]) -> None:
-        if self._writer is not None:
-            self._writer.put_later_made(functools.partial(_notes_of, fresh, self._owner))
-        if self._callbacks:
-            self._notifier.call("on_gather", fresh, [])
 
     def _raise_failures(self, jobs: list[Job]) -> list[Job]:
         if self._on_error == "raise":
@@ -438,7 +411,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         A job that waits for another one of its own evaluator keeps its worker meanwhile, and waits for ever when no
         other worker is free: jobs of jobs belong to an evaluator of their own.
         """
-        self._life.refuse_after_fork()
+        self._refuse_submission()
         self._life.refuse_on_home("evaluate()", "evaluate_async()")
         gate = Gate()
         taken = checks.configuration(args)
@@ -448,15 +421,15 @@ class Evaluator(ReferenceNames, abc.ABC):
             gate.wait(self._life.check)
         except BaseException:
             self._cancel(job, "its caller was interrupted")
-            self._stamp_gathered([job], are_private=True)  # by nobody else, ever
+            self._gathered.stamp([job], are_private=True)  # by nobody else, ever
             raise
         self._refuse_lost(job)
-        self._tell_gathered(self._stamp_gathered([job], are_private=True))
+        self._gathered.add([job], are_private=True)
         return self._raise_failures([job])[0]
 
     async def evaluate_async(self, args: Args) -> Job:
         """Run one job and wait for it; cancelling the waiting task cancels or kills the job, and waits for that."""
-        self._life.refuse_after_fork()
+        self._refuse_submission()
         await self._life.wait_until_closed()
         ended = Loop.running().event()
         taken = checks.configuration(args)
@@ -472,10 +445,10 @@ class Evaluator(ReferenceNames, abc.ABC):
                 self._cancel(job, "its caller was cancelled")
                 with anyio.CancelScope(shield=True):
                     await ended.wait()
-            await self._note_gathered_async([job], are_private=True)  # by nobody else, ever
+            await self._gathered.add_async([job], are_private=True)  # by nobody else, ever
             raise
         self._refuse_lost(job)
-        await self._note_gathered_async([job], are_private=True)
+        await self._gathered.add_async([job], are_private=True)
         return self._raise_failures([job])[0]
 
     def _cancel(self, job: Job, message: str) -> None:
@@ -492,7 +465,7 @@ class Evaluator(ReferenceNames, abc.ABC):
     def gather_other_jobs_done(self) -> list[Job]:
         """Give the jobs that other evaluators on the same storage and search have finished; each of them once."""
         self._life.refuse_after_fork()
-        jobs = self._others.gather(self.job_class, self._context, self._restored)
+        jobs = self._others.gather(self.job_class, self._context, self._gathered.restored)
         if jobs:
             self.job_id_gathered += [job.id for job in jobs]
             for job in jobs if self._callbacks else ():
@@ -502,7 +475,7 @@ class Evaluator(ReferenceNames, abc.ABC):
 
     async def gather_other_jobs_done_async(self) -> list[Job]:
         """Do as :meth:`gather_other_jobs_done` does, in a thread."""
-        return await anyio.to_thread.run_sync(self.gather_other_jobs_done)
+        return await call_in_common_thread(self.gather_other_jobs_done)
 
     # -- close ---------------------------------------------------------------------------------------------------------
 
@@ -524,25 +497,25 @@ class Evaluator(ReferenceNames, abc.ABC):
         with anyio.CancelScope(shield=True):
             cancelled = await self._life.aclose()
             if self._callbacks or self._intake.is_slow:
-                await anyio.to_thread.run_sync(self._closed, cancelled)
+                await call_in_common_thread(self._closed, cancelled)
             else:
                 self._closed(cancelled)
         return cancelled
 
     def _closed(self, cancelled: list[Job]) -> list[Job]:
-        if self._is_closing:  # a callback that is told of it closes it
+        if self._closer is not None:  # a callback that is told of it closes it
             return cancelled
-        self._is_closing = True
+        self._closer = threading.get_ident()
         try:
             return self._close_the_rest(cancelled)
         finally:
-            self._is_closing = False
+            self._closer = None
 
     def _close_the_rest(self, cancelled: list[Job]) -> list[Job]:
         self.timeout = None
         finished = [job for job in self._ledger.peek() if job._gathered is None]
         if cancelled or finished:
-            self._note_gathered(finished + cancelled)
+            self._gathered.add(finished + cancelled)
         if self._callbacks:
             self._notifier.call("on_close")
         self._intake.close()
@@ -559,14 +532,11 @@ class Evaluator(ReferenceNames, abc.ABC):
         await self._life.enter()
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    async def __aexit__(self, *exc_info: object) -> None:
         try:
             await self.aclose()
         finally:
-            swallowed = await self._life.exit(exc, traceback)
-        return swallowed  # only ever true for a cancellation that is the block's own
+            await self._life.exit()
 
     def __del__(self) -> None:
         life = self.__dict__.get("_life")  # missing when the constructor raised
@@ -615,7 +585,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         The counters :attr:`num_jobs_submitted` and :attr:`num_jobs_gathered` start anew with it.
         """
         limit = checks.int_or_none("maximum_num_jobs_submitted", maximum_num_jobs_submitted)
-        self._num_offset = self._num_gathered
+        self._num_offset = self._gathered.count
         self._intake.limit(limit if limit is not None and limit > 0 else None, since=self._num_offset)
 
     @property
@@ -626,7 +596,7 @@ class Evaluator(ReferenceNames, abc.ABC):
     @property
     def num_jobs_gathered(self) -> int:
         """How many jobs were gathered, or returned by ``close`` (likewise)."""
-        return self._num_gathered - self._num_offset
+        return self._gathered.count - self._num_offset
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -736,14 +706,6 @@ class _Completed(AsyncIterator[Job]):
         """Do nothing: there is nothing to close, but ``contextlib.aclosing`` may be used on it."""
 
 
-def _notes_of(gathered: list[Job], owner: str) -> list[JobChange]:
-    return [
-        JobChange(job.id, metadata={"timestamp_gather": job._gathered}, by=owner)
-        for job in gathered
-        if not job.restored
-    ]
-
-
 def _execute_of(evaluator: Evaluator) -> Callable[[Job], Awaitable[Job]]:
     found = weakref.ref(evaluator)
 
@@ -756,14 +718,33 @@ def _execute_of(evaluator: Evaluator) -> Callable[[Job], Awaitable[Job]]:
     return execute
 
 
-def _storage_of(storage: Storage | str | None) -> Storage:
+def _storage_of(storage: Storage | str | None, search_id: object) -> Storage:
     if storage is None:
         return MemoryStorage()
     if isinstance(storage, Storage):
         return storage
-    from paraval.storage.urls import open_storage  # here: most evaluators never need it
+    from paraval.storage.urls import open_storage, sqlite_path  # here: most evaluators never need it
 
+    path = sqlite_path(storage) if isinstance(storage, str) else None
+    if search_id is not None and path is not None:
+        try:
+            path.stat()
+        except FileNotFoundError:  # it would be made
+            raise UnknownIdError(f"no search {str(search_id)!r} to submit to: there is no file {str(path)!r}") from None
+        except (OSError, ValueError):
+            pass  # opening it says why it cannot be
     return open_storage(storage)
+
+
+def _search_in(storage: Storage, search_id: object, *, resume: bool) -> str:
+    """Give the id of the search to submit to: a new one where none is named."""
+    if search_id is None:
+        return storage.create_new_search()
+    name = str(search_id)
+    storage.scan(name, since=sys.maxsize)  # it raises where there is no such search
+    if resume and name not in storage.search_ids():  # a NullStorage has never heard of any
+        raise UnknownIdError(f"no search {name!r} to go on with: the storage, a {type(storage).__name__}, keeps none")
+    return name
 
 
 _alive: weakref.WeakSet[Evaluator] = weakref.WeakSet()

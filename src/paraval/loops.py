@@ -11,15 +11,15 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
-from anyio.lowlevel import current_token
+from anyio.lowlevel import RunVar, current_token
 
 from paraval.errors import EvaluatorClosedError
 
-__all__ = ["Doorbell", "Event", "Loop", "call_in_thread"]
+__all__ = ["Doorbell", "Event", "Loop", "call_in_common_thread", "call_in_thread"]
 
 _logger = logging.getLogger("paraval")
 
@@ -42,6 +42,20 @@ async def call_in_thread(function: Callable[..., T], *args: Any, abandon_on_canc
     # Made here, as one that is made outside a loop would belong to the first loop that it meets.
     limiter = anyio.CapacityLimiter(1)
     return await anyio.to_thread.run_sync(function, *args, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
+
+
+async def call_in_common_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call a function in one of up to 40 threads that are for such calls alone.
+
+    anyio's default limiter is the program's, whose threads may all wait for what this call brings about.
+    """
+    limiter = _common.get(None)
+    if limiter is None:
+        _common.set(limiter := anyio.CapacityLimiter(40))
+    return await anyio.to_thread.run_sync(function, *args, limiter=limiter)
+
+
+_common: Final[RunVar[anyio.CapacityLimiter | None]] = RunVar("paraval_common_threads")
 
 
 class Event(Protocol):

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Self
 
@@ -81,16 +82,17 @@ def limit_in_bytes(name: str, value: object) -> int:
         ValueError: below what the interpreter takes by itself.
         ImportError: memory cannot be measured here.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise WrongTypeError(f"{name} must be a number of bytes, not {value!r}")
-    if not 0 < value < math.inf:
+    size = value if isinstance(value, int) else float(value)
+    if not 0 < size < math.inf:
         raise BadValueError(f"{name} must be a positive number of bytes, not {value!r}")
     least = interpreter_size()
-    if value < least:
+    if size < least:
         raise BadValueError(
-            f"{name}={value:g} is less than the {least} bytes that a worker process takes before its first job"
+            f"{name}={size:g} is less than the {least} bytes that a worker process takes before its first job"
         )
-    return int(value)
+    return int(size)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple, ParamSpec, Self, overload
 
 from paraval import memory
@@ -19,7 +20,7 @@ from paraval.job import RunningJob
 from paraval.memory import MemoryLimit, PeakMemory
 from paraval.worker.pickling import PicklingFailed, dumps
 
-__all__ = ["Profile", "for_evaluator", "profile", "settings_of", "wrap"]
+__all__ = ["Profile", "for_evaluator", "has_own_process", "profile", "settings_of", "wrap"]
 
 P = ParamSpec("P")
 
@@ -86,17 +87,18 @@ def profile(
         TypeError: an argument has no sensible type.
         ValueError: an argument has no sensible value.
     """
-    if isinstance(memory_tracing_interval, bool) or not isinstance(memory_tracing_interval, int | float):
+    if isinstance(memory_tracing_interval, bool) or not isinstance(memory_tracing_interval, Real):
         raise WrongTypeError(f"memory_tracing_interval must be a number of seconds, not {memory_tracing_interval!r}")
     if not 0 < memory_tracing_interval < math.inf:
         raise BadValueError(f"memory_tracing_interval must be positive, not {memory_tracing_interval!r}")
+    interval = float(memory_tracing_interval)
     limit = None
     if memory_limit is not None:
-        if isinstance(memory_limit, bool) or not isinstance(memory_limit, int | float):
+        if isinstance(memory_limit, bool) or not isinstance(memory_limit, Real):
             raise WrongTypeError(f"memory_limit must be a number of bytes, not {memory_limit!r}")
         if memory_limit > 0:
-            limit = MemoryLimit(memory_limit, memory_tracing_interval, "raise" if raise_exception else "return")
-    settings = Profile(memory=memory, limit=limit, interval=memory_tracing_interval)
+            limit = MemoryLimit(float(memory_limit), interval, "raise" if raise_exception else "return")
+    settings = Profile(memory=memory, limit=limit, interval=interval)
     if function is None:
         return functools.partial(wrap, settings=settings)
     if not callable(function):
@@ -125,6 +127,12 @@ def settings_of(function: Any) -> Profile | None:
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "_paraval_profile", None)
+
+
+def has_own_process(function: Any) -> bool:
+    """Whether calls of a function are made in a process of their own, where their surroundings share one."""
+    settings = settings_of(function)
+    return settings is not None and (settings.memory or settings.limit is not None)
 
 
 def wrap(function: Callable[..., Any], settings: Profile) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from paraval.outcome import FAILURE
 
 if TYPE_CHECKING:
     from paraval.csvlog import CSVLog
+    from paraval.engine.gathered import Gathered
 
 __all__ = ["ReferenceNames"]
 
@@ -30,7 +31,7 @@ class ReferenceNames:
     PYTHON_EXE: ClassVar[str] = os.environ.get("DEEPHYPER_PYTHON_BACKEND", sys.executable)
 
     num_workers: int
-    _undumped: list[Job]
+    _gathered: Gathered
     _csv: CSVLog | None = None
 
     @property
@@ -80,7 +81,8 @@ class ReferenceNames:
         csv = self._csv
         if csv is None:
             csv = CSVLog(Path(log_dir, filename), saved_keys=saved_keys, convert=self.convert_for_csv)
-        csv.add(self._undumped)  # raises before anything is forgotten; after that the log keeps the rows
-        self._undumped = []
+        jobs = list(self._gathered.undumped)
+        csv.add(jobs)  # raises before anything is forgotten; after that the log keeps the rows
+        del self._gathered.undumped[: len(jobs)]
         self._csv = csv
         csv.write()

@@ -13,6 +13,7 @@ pytest.importorskip("click", reason="the command line needs the extra 'cli'")
 pytest.importorskip("rich", reason="the command line needs the extra 'cli'")
 
 from commandline import CommandLine, wait_until
+from paraval.storage import SqliteStorage
 from paraval.storage.urls import without_secrets
 
 FUNCTIONS = """
@@ -125,6 +126,52 @@ def test_without_resume_a_search_is_not_touched(command_line: CommandLine) -> No
     assert done.returncode == 2
     assert "'7'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_sweeps_that_begin_at_the_same_moment_share_one_search(command_line: CommandLine) -> None:
+    command_line.write("go_on", "")
+    sweeps = [command_line.start(*RUN, "--resume", "--quiet", "--output", f"{number}.csv") for number in range(3)]
+    for sweep in sweeps:
+        stdout, stderr = sweep.communicate(timeout=30)
+        assert sweep.returncode == 0, stderr
+        assert "sqlite:///c.db, search 0\n" in stdout
+    assert ran(command_line) == list(range(8))
+    for number in range(3):
+        assert sorted(int(row["p:x"]) for row in command_line.rows(f"{number}.csv")) == list(range(8))
+    command_line.run(*RUN, "--resume", "--quiet")  # no --search is needed
+    assert ran(command_line) == []
+
+
+def test_searches_without_jobs_are_nothing_to_go_on_with(command_line: CommandLine) -> None:
+    command_line.write("go_on", "")
+    with SqliteStorage(command_line.directory / "c.db") as storage:
+        assert [storage.new_search() for _ in range(3)] == ["0", "1", "2"]
+    done = command_line.run(*RUN, "--resume", "--quiet")
+    assert "there is nothing to resume in sqlite:///c.db yet: a search begins there\n" in done.stderr
+    assert "sqlite:///c.db, search 0\n" in done.stdout  # the oldest, as everybody who begins now takes it
+    done = command_line.run(*RUN, "--resume", "--quiet")
+    assert done.stderr == ""
+    assert "search 0\n" in done.stdout
+    assert ran(command_line) == list(range(8))
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_search_at_a_mistyped_path_leaves_no_store_there(command_line: CommandLine, resume: list[str]) -> None:
+    before = sorted(command_line.directory.iterdir())
+    done = command_line.run(*RUN, "--search", "0", *resume)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "paraval: error: no such file: c.db\n")
+    assert sorted(path for path in command_line.directory.iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_storage_that_keeps_nothing_has_nothing_to_resume(command_line: CommandLine) -> None:
+    command_line.write("go_on", "")
+    done = command_line.run(*RUN[:-1], "null:", "--resume", "--quiet")
+    assert done.returncode == 0
+    assert done.stderr == "paraval: there is nothing to resume in null: yet: a search begins there\n"
+    assert ran(command_line) == list(range(8))
+    done = command_line.run(*RUN[:-1], "null:", "--resume", "--search", "0", "--quiet")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no search '0' to go on with" in done.stderr
 
 
 def install_failing(command_line: CommandLine) -> None:

@@ -230,10 +230,44 @@ def test_what_is_stored_under_names_of_ours_is_exported_under_another() -> None:
     assert job["extra"] == {"job_id": "hijack", "parameters": 1, "extra": 2}
 
 
+def test_an_int_of_very_many_digits_is_shown(command_line: CommandLine, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/huge.db"
+    with SqliteStorage(tmp_path / "huge.db") as storage:
+        record = JobRecord(args=({"x": 2**20_000},), status=2, out={"y": -(2**20_000)})
+        storage.insert(storage.new_search(), [record])
+    for command in ("jobs", "searches"):
+        assert command_line.run(command, store).returncode == 0
+    exported = command_line.run("export", store, "--format", "jsonl")
+    assert exported.returncode == 0
+    assert json.loads(exported.stdout)["parameters"] == {"x": hex(2**20_000)}
+
+
+def test_of_several_searches_the_only_one_with_jobs_is_exported(command_line: CommandLine) -> None:
+    with SqliteStorage(command_line.directory / "one.db") as storage:
+        searches = [storage.new_search() for _ in range(3)]
+        storage.insert(searches[1], plain())
+    done = command_line.run("export", "one.db", "--format", "jsonl")
+    assert done.returncode == 0
+    assert [json.loads(line)["job_id"] for line in done.stdout.splitlines()] == ["1.0", "1.1", "1.2"]
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+needs_dev_full = pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="there is no /dev/full, a device that is always full"
+)
+
+
+@needs_dev_full
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_full_disk_under_the_output_is_one_line(command_line: CommandLine, form: str) -> None:
+    done = command_line.run("export", "campaign.db", "--search", "0", "--format", form, "--output", "/dev/full")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "paraval: error: cannot write /dev/full: No space left on device\n"
+
+
+@needs_dev_full
 @pytest.mark.parametrize(
     "args", [["jobs", "campaign.db"], ["searches", "campaign.db"], ["export", "campaign.db", "--search", "0"], ["-h"]]
 )

@@ -7,16 +7,19 @@ awaitable, :meth:`Slot.run`. Everything else, that is queueing, deadlines, settl
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Final, Literal
 
 import anyio
 
 from paraval.job import Job, JobStatus
 from paraval.outcome import JobError, Outcome, error_from_exception
+from paraval.profiling import has_own_process
 from paraval.storage import Storage
+from paraval.worker.main import is_one_of
 
 __all__ = [
     "Backend",
@@ -88,10 +91,20 @@ class RunSpec:
         self.budget_end = math.inf
         self.home_is_ending: Callable[[], bool] = lambda: False
 
+    @property
+    def patience(self) -> float:
+        """Seconds from asking a job to stop to giving it up, where nothing can end it.
+
+        One that has a process of its own is not given up while that is killed, when the grace is over.
+        """
+        return self.kill_grace + (_KILL_S if has_own_process(self.function) else 0.0)
+
 
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _RUNNING: Final = JobStatus.RUNNING
 _CANCELLED: Final = JobStatus.CANCELLED
+_KILL_S: Final = 0.3
+"""Within what an engine allows for anything to be seen ended."""
 
 
 class WorkerDiedError(Exception):
@@ -129,7 +142,8 @@ class Batch:
         current: the job that is known to run.
         last_end: when the last of its jobs was finished by :meth:`finish`, on the clock; at first, when it was made.
         hurry: when its run is cancelled, kill at once: the job to stop is not known to be the one that runs.
-        waits_for_worker: its worker is being set up, so no job's time has begun.
+        waits_for_worker: its worker is being set up, so no job's time has begun; or what it sent is being taken in, so
+            it is not known yet which jobs have ended in time.
         was_cut: some of its jobs went elsewhere, so its time says nothing about them.
     """
 
@@ -226,6 +240,15 @@ class Batch:
         self.created = self._clock()
         if self.current is not None:
             self.current._started = self.created
+
+    @contextlib.contextmanager
+    def taking_in(self) -> Iterator[None]:
+        """Say that what the worker sent takes a while to be taken in: no job's time is up before that."""
+        self.waits_for_worker = True
+        try:
+            yield
+        finally:
+            self.waits_for_worker = False
 
     def finish_sent(self, job: Job, outcome: Outcome, started: float, finished: float) -> None:
         """Hand in the outcome of a job of :meth:`take_all`, with the times that the worker took."""
@@ -329,7 +352,7 @@ def failure_of(exc: BaseException, spec: RunSpec) -> Outcome:
 def outcome_of(exc: BaseException, spec: RunSpec) -> Outcome:
     """Turn what a run-function raised into its outcome; it may have had a process of its own, which died."""
     error = error_from_exception(exc)
-    return Outcome(error=error, may_retry=error.kind == "worker_died" or isinstance(exc, spec.retry_on))
+    return Outcome(error=error, may_retry=error.kind == "worker_died" or is_one_of(exc, spec.retry_on))
 
 
 class Slot(abc.ABC):

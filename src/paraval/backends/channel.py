@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import anyio
 
+from paraval.backends.packing import LARGE
 from paraval.loops import Event, Loop
 
 __all__ = ["Channel", "Frame"]
@@ -85,7 +86,7 @@ class Channel:
             self._read()
 
     async def receive(self) -> Sequence[Frame]:
-        """Wait for frames; give those that are there.
+        """Wait for frames; give those that are there. A large one is not unpickled: ``("large", memoryview)``.
 
         Raises:
             OSError: the worker is gone.
@@ -149,9 +150,14 @@ class Channel:
             end = begin + 8 + int.from_bytes(received[begin : begin + 8], "little")
             if len(received) < end:
                 break
-            with memoryview(received) as view:
-                yield pickle.loads(view[begin + 8 : end])  # noqa: S301 - likewise
-            begin = end
+            if end - begin < LARGE:
+                with memoryview(received) as view:
+                    yield pickle.loads(view[begin + 8 : end])  # noqa: S301 - likewise
+                begin = end
+            else:  # it takes the buffer along
+                self._received = received[end:]
+                yield ("large", memoryview(received)[begin + 8 : end])
+                received, begin = self._received, 0
         if begin:
             del received[:begin]
 

@@ -106,7 +106,7 @@ class WorkerProcess(Channel):
 
     @property
     def _was_taken(self) -> bool:
-        return isinstance(self._popen, _Popen) and self._popen.was_taken  # a subclass may have another
+        return self._popen.was_taken
 
     def notice_the_end(self) -> None:
         """Have whoever waits in :meth:`wait` notice that the process has ended.

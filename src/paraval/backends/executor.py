@@ -26,17 +26,17 @@ from paraval.backends.futures import (
     SharedPool,
     close_before_pools_wait,
 )
-from paraval.backends.process import _outcome
+from paraval.backends.packing import Packer, is_large, outcome_of_worker, unpack, unpicklable
 from paraval.backends.thread import _JobThread
 from paraval.errors import BadValueError, WrongTypeError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
-from paraval.job import Job, JobStatus
+from paraval.job import JobStatus
 from paraval.loops import call_in_thread
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.worker.board import Board
 from paraval.worker.main import Sealed
-from paraval.worker.pickling import PicklingFailed, dumps, is_plain
+from paraval.worker.pickling import PicklingFailed, dumps, dumps_together
 from paraval.worker.remote import Done, Program, Report, run_jobs
 
 __all__ = ["ExecutorEvaluator"]
@@ -76,6 +76,9 @@ class ExecutorEvaluator(Evaluator):
     How a process died (``exit_code``, ``signal`` and ``pid`` of ``job.error``) is known where the job was alone in a
     ``ProcessPoolExecutor`` of Python's own, as it is in the end with a factory; of other executors only that the call
     was lost.
+
+    What a pool's own ``initializer`` sets in a module is there for the run-function. What it sets in ``__main__`` is
+    not: a function from there goes by value, with globals of its own, which only its keyword arguments share.
 
     Such a pool should start its processes by ``"spawn"`` or ``"forkserver"`` (its ``mp_context``): a fork of a program
     that has threads, as any with an evaluator, may hang now and then.
@@ -175,7 +178,7 @@ class ExecutorBackend(Backend):
         board = Board()
         if board.lack is not None and not self._has_told_lack:
             self._has_told_lack = True
-            _logger.warning("jobs in the executor cannot be asked to stop: no temporary file: %s", board.lack)
+            _logger.warning("jobs in the executor cannot be asked to stop: no shared file: %s", board.lack)
         return board
 
     def program(self, spec: RunSpec) -> tuple[str, Program]:
@@ -189,9 +192,13 @@ class ExecutorBackend(Backend):
         same = len(now) == len(self._program_of) and all(map(operator.is_, now, self._program_of))
         if self._program is None or not same:
             program = Program(
-                function=dumps(spec.function, "the run-function"),
-                kwargs=dumps(spec.kwargs, "run_function_kwargs"),
-                stopper=dumps(spec.stopper, "the stopper"),
+                parts=dumps_together(
+                    {
+                        "the run-function": spec.function,
+                        "run_function_kwargs": spec.kwargs,
+                        "the stopper": spec.stopper,
+                    }
+                ),
                 is_async=is_async(spec.function),
                 retry_on=dumps(spec.retry_on, "retry_on"),
                 storage=dumps(spec.storage, "the storage") if spec.storage.can_travel else None,
@@ -253,7 +260,7 @@ class LocalSlot(ExecutorSlot):
                 self._left = pool, call
                 if not call.future.cancel():  # else it had not begun
                     runner.cancel_coroutine()
-                    with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.kill_grace):
+                    with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.patience):
                         await call.wait()
                 raise
             result = await self._result(pool, call)
@@ -281,6 +288,7 @@ class RemoteSlot(ExecutorSlot):
     def __init__(self, spec: RunSpec, shared: SharedPool, backend: ExecutorBackend) -> None:
         super().__init__(spec, shared)
         self._backend = backend
+        self._packer = Packer()
         self._board = backend.board()
         self._board_is_seen = False
         self._submitted = 0.0
@@ -291,7 +299,10 @@ class RemoteSlot(ExecutorSlot):
 
     async def run(self, batch: Batch) -> None:
         sent = batch.take_all()
-        jobs = self._seal(batch, sent)
+        jobs, failures, _ = await self._packer.pack(list(sent.values()))
+        now = self._spec.clock()
+        for job, reason in failures:
+            batch.finish_sent(job, Outcome(error=unpicklable(reason)), now, now)
         if not sent:
             return
         suspects = self._shared.suspects
@@ -302,7 +313,7 @@ class RemoteSlot(ExecutorSlot):
         except RefusedError as exc:
             self._fail_all(batch, exc.error)
         except PicklingFailed as exc:  # static arguments that were changed since the evaluator was made
-            self._fail_all(batch, JobError("exception", str(exc), type="PicklingError"))
+            self._fail_all(batch, unpicklable(exc))
         except WorkerDiedError as exc:
             is_excused = self._suspect(job_ids, exc)
             raise WorkerDiedError(exc.error, alone=exc.alone and not is_excused) from exc.__cause__
@@ -313,7 +324,7 @@ class RemoteSlot(ExecutorSlot):
         """Take note of jobs whose process died; tell whether even one that was alone there has another chance."""
         suspects, error = self._shared.suspects, death.error
         times = {job_id: suspects.get(job_id, 0) for job_id in job_ids}
-        # Without a pid it was no process of ours; without a file nobody can say.
+        # Without a pid it was no process of ours; without a board nobody can say.
         had_begun = self._board.current is not None or error.pid is None or self._board.lack is not None
         is_lost = isinstance(death, CallLostError) and self._shared.replaces
         may_be_innocent = is_lost or error.exit_code == _UNKNOWN or not had_begun
@@ -369,7 +380,7 @@ class RemoteSlot(ExecutorSlot):
         self._board.clear()
         self._submitted = time.monotonic()
         self._num_calls += 1
-        pool, call = await self._submit(run_jobs, token, program, jobs, self._board.path, self._num_calls)
+        pool, call = await self._submit(run_jobs, token, program, jobs, self._board.address, self._num_calls)
         try:
             await self._wait(batch, pool, call)
         except BaseException:
@@ -410,7 +421,7 @@ class RemoteSlot(ExecutorSlot):
             if job is not None and job._status is JobStatus.CANCELLING:  # else another is meant, which never begins now
                 self._board.stop(place)
         if self._has_begun(pool, call):
-            with anyio.move_on_after(self._spec.kill_grace):
+            with anyio.move_on_after(self._spec.patience):
                 await call.wait()
         elif not pool.is_of_processes:
             call.future.cancel()  # where that does nothing, it runs no job when its turn comes
@@ -419,16 +430,6 @@ class RemoteSlot(ExecutorSlot):
                 await self._hand_in(batch, done, 0.0)
 
     # -- what goes there, and what comes back --------------------------------------------------------------------------
-
-    def _seal(self, batch: Batch, sent: dict[str, Job]) -> list[tuple[str, Any]]:
-        items: list[tuple[str, Any]] = []
-        for job in list(sent.values()):
-            try:
-                items.append((job.id, job.args if is_plain(job.args) else Sealed(dumps(job.args, "the arguments"))))
-            except PicklingFailed as exc:
-                now = self._spec.clock()
-                batch.finish_sent(job, Outcome(error=JobError("exception", str(exc), type="PicklingError")), now, now)
-        return items
 
     async def _take(self, batch: Batch, report: Report) -> None:
         if report.broken is not None:
@@ -450,7 +451,11 @@ class RemoteSlot(ExecutorSlot):
         job = next((job for job in batch.in_hand if job.id == done.job_id), None)
         if job is None:
             return
-        outcome = _outcome(done.error, done.value)
+        if is_large(done.value):
+            with batch.taking_in():
+                outcome = await unpack(done.value)
+        else:
+            outcome = outcome_of_worker(done.error, done.value)
         if done.notes is not None:
             outcome = await self._store(done.notes, outcome)
         shift -= self._spec.origin

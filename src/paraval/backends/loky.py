@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import anyio
 
@@ -30,6 +32,9 @@ except ImportError as exc:
 
 __all__ = ["LokyEvaluator"]
 
+_CODE_S: Final = 0.1
+"""How long, at most, loky's thread may take from having an exit code to telling it."""
+
 
 class LokyWorker(WorkerProcess):
     """A worker in an executor of loky's own, with a channel to it.
@@ -39,31 +44,44 @@ class LokyWorker(WorkerProcess):
     and jobs can do all that they can in the process evaluator. Start and end of the process are loky's.
     """
 
-    _popen: Any  # a _LokyProcess, which has what is used of a Popen: pid, poll, returncode, wait
+    _popen: Any  # a _LokyProcess, which has what is used of a _Popen: pid, has_ended, was_taken, returncode, wait
 
     def __init__(self, setup: bytes, capture: int | None) -> None:
         # Not the base's __init__, which would start a process of its own.
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._lifeline = _Lifeline()
-        self._hand_over = [Connection(theirs.detach()), Connection(self._lifeline.watched, writable=False)]
-        self._tails = []
-        self._selector = None
-        if capture is not None:
-            self._selector = selectors.DefaultSelector()
-            self._selector.register(ours.fileno(), selectors.EVENT_READ)
-            for _ in ("stdout", "stderr"):
-                read, write = os.pipe()
-                tail = _Tail(os.fdopen(read, "rb", buffering=0), capture)
-                self._tails.append(tail)
-                self._selector.register(tail.fileno(), selectors.EVENT_READ)
-                self._hand_over.append(Connection(write, readable=False))
+        with contextlib.ExitStack() as for_failure:
+            ours, theirs = socket.socketpair()
+            for_failure.callback(ours.close)
+            for_failure.callback(theirs.close)
+            ours.setblocking(False)
+            self._lifeline = lifeline = _Lifeline()
+            for_failure.callback(lifeline.close)
+            self._hand_over = [Connection(lifeline.watched, writable=False)]
+            for_failure.callback(self._close_what_is_handed_over)
+            self._tails = []
+            self._selector = None
+            if capture is not None:
+                self._selector = selectors.DefaultSelector()
+                for_failure.callback(self._selector.close)
+                self._selector.register(ours.fileno(), selectors.EVENT_READ)
+                for _ in ("stdout", "stderr"):
+                    read, write = os.pipe()
+                    self._hand_over.append(Connection(write, readable=False))
+                    tail = _Tail(os.fdopen(read, "rb", buffering=0), capture)
+                    for_failure.callback(tail.close)
+                    self._tails.append(tail)
+                    self._selector.register(tail.fileno(), selectors.EVENT_READ)
+            self._hand_over.insert(0, Connection(theirs.detach()))
+            for_failure.pop_all()
         self._socket = ours
         self._received = bytearray()
         self.setup = setup
         self._unsent_setup = setup
         self._popen = _LokyProcess()
         self.jobs_done = 0
+
+    def _close_what_is_handed_over(self) -> None:
+        for connection in self._hand_over:
+            connection.close()
 
     async def send(self, frame: bytes) -> None:
         if self._hand_over:
@@ -72,10 +90,6 @@ class LokyWorker(WorkerProcess):
             with anyio.CancelScope(shield=True):
                 await call_in_thread(self._popen.start, hand_over, self._notice_the_end_of_call)
         await super().send(frame)
-
-    @property
-    def is_gone(self) -> bool:
-        return self._popen.poll() is not None
 
     def _notice_the_end_of_call(self, call: Future[Any]) -> None:
         """Have the slot notice, from loky's thread, that loky has lost the worker."""
@@ -88,6 +102,13 @@ class LokyWorker(WorkerProcess):
     async def retire(self) -> None:
         self._popen.shut_down()  # takes effect when the call has returned, which it does at the end of the channel
         await super().retire()
+
+    async def _reap(self) -> bool:
+        give_up = time.monotonic() + _CODE_S
+        is_gone = await super()._reap()
+        while is_gone and self._was_taken and time.monotonic() < give_up:  # noqa: ASYNC110 - loky sets no event
+            await anyio.sleep(0.001)
+        return is_gone
 
     async def post_mortem(self) -> JobError:
         if self._popen.start_failure is None:
@@ -144,23 +165,41 @@ class _LokyProcess:
 
     @property
     def returncode(self) -> int | None:
-        return self.poll()
+        """The exit code; None as long as the process runs, or where it is not known."""
+        return None if self._process is None else self._process.exitcode
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process was started and has ended."""
+        return self._process is not None and (self.returncode is not None or _is_reaped(self.pid))
+
+    @property
+    def was_taken(self) -> bool:
+        """Whether its exit code is not known. Loky's thread, which waits too, may have it and tell in a moment."""
+        return self.has_ended and self.returncode is None
 
     def wait(self) -> None:
         """Do nothing: loky's thread waits for the process."""
-
-    def poll(self) -> int | None:
-        # Loky's thread may wait for the process at the same moment; then this gives None, and a moment later the code.
-        return None if self._process is None else self._process.exitcode
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the worker and all it started; or only the worker, where it is not yet the head of a group."""
         try:
             pid = self.pid
-            if self.poll() is None:
+            if not self.has_ended:
                 (os.killpg if os.getpgid(pid) == pid else os.kill)(pid, number)
         except ProcessLookupError:
             pass
+
+
+def _is_reaped(pid: int) -> bool:
+    """Whether a child has ended and somebody has taken its exit code, where the system tells."""
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
 
 
 def _process_of(executor: Any) -> BaseProcess:

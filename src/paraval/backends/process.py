@@ -19,15 +19,17 @@ from paraval import WORKING_FOLDER, checks
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, WorkerDiedError
 from paraval.backends.channel import Frame
 from paraval.backends.child import WorkerProcess
+from paraval.backends.packing import Packer, outcome_of_worker, unpack_frame, unpicklable
 from paraval.backends.storage_call import StorageCall
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
 from paraval.job import Job, JobStatus
+from paraval.loops import call_in_thread
 from paraval.memory import MemoryLimit, WatchedProcess, supervise
 from paraval.outcome import JobError, Outcome, returned
 from paraval.worker.main import Sealed, Setup
-from paraval.worker.pickling import PicklingFailed, dumps, dumps_together, is_plain
+from paraval.worker.pickling import PicklingFailed, PiecewisePickler, dumps, dumps_together
 
 __all__ = ["ProcessPoolEvaluator"]
 
@@ -37,6 +39,7 @@ _PASSING: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 """Reasons for which the system cannot start a process now, and may be able to a moment later."""
 _PAUSES_S: Final = (0.05, 0.1, 0.25, 0.5)
 """How long that moment may be, each time."""
+_WRAPPED: Final = frozenset({Sealed, Outcome})
 
 
 class ProcessSlot(Slot):
@@ -45,6 +48,7 @@ class ProcessSlot(Slot):
     def __init__(self, spec: RunSpec, backend: ProcessBackend) -> None:
         self._spec = spec
         self._backend = backend
+        self._packer = Packer()
         self._process: WorkerProcess | None = None
         self._call: StorageCall | None = None
         self._cannot_be_set_up = False
@@ -54,7 +58,7 @@ class ProcessSlot(Slot):
             try:
                 setup = self._backend.setup(self._spec)
             except PicklingFailed as exc:  # static arguments that were changed since the evaluator was made
-                self._fail(batch, batch.take_all(), Outcome(error=_unpicklable(exc)))
+                self._fail(batch, batch.take_all(), Outcome(error=unpicklable(exc)))
                 return
             process = self._process
             if process is None or not self._can_go_on(process, setup):
@@ -99,7 +103,7 @@ class ProcessSlot(Slot):
 
     async def _run_on(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         count = len(sent)
-        frame = self._encode(batch, sent)
+        frame = await self._encode(batch, sent)
         process.output()  # what was printed between jobs belongs to none
         try:
             if sent:
@@ -175,18 +179,14 @@ class ProcessSlot(Slot):
             job.stdout, job.stderr = output
             job.metadata["stdout"], job.metadata["stderr"] = output
 
-    def _encode(self, batch: Batch, sent: dict[str, Job]) -> bytes:
-        items: list[tuple[str, Any]] = []
-        for job in list(sent.values()):
-            args = job.args
-            if is_plain(args):
-                items.append((job.id, args))
-                continue
-            try:
-                items.append((job.id, Sealed(dumps(job.args, "the arguments"))))
-            except PicklingFailed as exc:
-                self._fail(batch, {job.id: job}, Outcome(error=_unpicklable(exc)))
-        return pickle.dumps(("jobs", items, batch.in_order, batch.hold_s), 5)
+    async def _encode(self, batch: Batch, sent: dict[str, Job]) -> bytes:
+        parcel = await self._packer.pack(list(sent.values()))
+        for job, reason in parcel.failures:
+            self._fail(batch, {job.id: job}, Outcome(error=unpicklable(reason)))
+        frame = ("jobs", parcel.items, batch.in_order, batch.hold_s)
+        if parcel.is_large:
+            return await call_in_thread(PiecewisePickler().dumps, frame, "the jobs", abandon_on_cancel=True)
+        return pickle.dumps(frame, 5)
 
     def _fail(self, batch: Batch, jobs: dict[str, Job], outcome: Outcome) -> None:
         now = self._spec.clock()
@@ -197,6 +197,9 @@ class ProcessSlot(Slot):
         """Wait for what the worker has to say; reply when it calls the storage."""
         if self._call is None:
             for frame in await process.receive():
+                if frame[0] == "large":
+                    with batch.taking_in():
+                        frame = await unpack_frame(frame[1])  # noqa: PLW2901 - it is the same one
                 self._take(process, batch, sent, frame)
         if self._call is not None:
             reply = await self._call.reply()
@@ -212,8 +215,9 @@ class ProcessSlot(Slot):
                     if job is not None:
                         if is_captured:
                             self._attach_output(process, (job,))
-                        is_plain_result = error is None and type(value) is not Sealed
-                        finish(job, returned(value) if is_plain_result else _outcome(error, value), started, finished)
+                        is_plain_result = error is None and type(value) not in _WRAPPED
+                        outcome = returned(value) if is_plain_result else outcome_of_worker(error, value)
+                        finish(job, outcome, started, finished)
             case "back":
                 job_ids, current, started = frame[1:]
                 if current in sent or not sent.keys().isdisjoint(job_ids):  # else it is late, and means jobs before
@@ -246,23 +250,6 @@ class ProcessSlot(Slot):
         finally:
             await process.kill()
         self._attach_output(process, sent.values())
-
-
-def _unpicklable(exc: PicklingFailed) -> JobError:
-    return JobError("exception", str(exc), type="PicklingError")
-
-
-def _outcome(error: tuple[Any, ...] | None, value: Any) -> Outcome:
-    if error is not None:
-        *fields, may_retry = error
-        return Outcome(error=JobError(*fields), may_retry=may_retry)
-    if type(value) is Sealed:
-        try:
-            value = pickle.loads(value.data)  # noqa: S301 - from our own worker
-        except BaseException as exc:  # noqa: BLE001 - it may need what only the worker has imported, or do anything
-            message = f"the result cannot be unpickled: {type(exc).__name__}: {exc}"
-            return Outcome(error=JobError("exception", message, type="UnpicklingError"))
-    return Outcome(value)
 
 
 class ProcessBackend(Backend):

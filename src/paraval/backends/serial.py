@@ -14,6 +14,7 @@ import anyio
 import anyio.lowlevel
 
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, failure_of
+from paraval.engine.ctrl_c import spared_ctrl_c
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
@@ -92,11 +93,12 @@ class TrioSlot(Slot):
 
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
+        self._main = spared_ctrl_c(self._run_all, Loop.running())
 
     async def run(self, batch: Batch) -> None:
         with contextlib.suppress(Exception):  # jobs are caught; trio complains of a scope that a job left open
             async with anyio.create_task_group() as group:
-                group.start_soon(self._run_all, batch)
+                group.start_soon(self._main, batch)
 
     async def _run_all(self, batch: Batch) -> None:
         while (job := batch.take()) is not None:

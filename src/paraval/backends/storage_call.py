@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from paraval.backends.packing import LARGE, load
 from paraval.loops import Event, Loop, call_in_thread
 from paraval.storage import Storage
 from paraval.worker.pickling import dumps
@@ -16,8 +17,8 @@ __all__ = ["StorageCall"]
 class StorageCall:
     """A call of a job to the storage.
 
-    A memory store answers at once. Another may wait for a disk or a network: it is called in a thread, and by a task of
-    its own, so that the job can be killed meanwhile.
+    A memory store answers at once. Another may wait for a disk or a network, and what is large takes its time: then it
+    is called in a thread, and by a task of its own, so that the job can be killed meanwhile.
 
     Args:
         storage: the driver's.
@@ -42,7 +43,7 @@ class StorageCall:
 
     async def reply(self) -> bytes:
         """Give the frame with the result, or with what the storage raised. After a cancellation it can be had again."""
-        if self._storage.by_reference:
+        if self._storage.by_reference and len(self._sealed) < LARGE:
             return self._answer()
         if self._ended is None:
             self._ended = Loop.running().event()
@@ -64,7 +65,7 @@ class StorageCall:
 
     def _answer(self) -> bytes:
         try:
-            args = pickle.loads(self._sealed)  # noqa: S301 - from our own worker
+            args = load(self._sealed)
             value = getattr(self._storage, self._method)(*args)
             if self._method == "insert":
                 value = [record.id for record in args[1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from paraval.job import Job, JobStatus
 from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome, returned
 from paraval.worker.coroutines import CoroutineRunner
+from paraval.worker.main import exit_fork
 
 __all__ = ["ThreadPoolEvaluator"]
 
@@ -65,7 +67,7 @@ class ThreadSlot(Slot):
     async def stop(self) -> None:
         if self._thread is not None:
             self._thread.cancel_coroutine()
-        with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.kill_grace):
+        with anyio.CancelScope(shield=True), anyio.move_on_after(self._spec.patience):
             await self._returned.wait()
 
     async def recover(self) -> None:
@@ -93,6 +95,7 @@ class _JobThread(threading.Thread):
         self._inbox = inbox
         self._hand_back = hand_back
         self._runner: CoroutineRunner | None = None
+        self._process = _process
 
     def run(self) -> None:
         try:
@@ -115,9 +118,14 @@ class _JobThread(threading.Thread):
     def _outcome_of(self, job: Job) -> Outcome:
         spec = self._spec
         try:
-            return returned(copy_context().run(self._call, job))  # its context variables are nobody else's
+            outcome = returned(copy_context().run(self._call, job))  # its context variables are nobody else's
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
+            if _process is not self._process:
+                exit_fork(exc)
             return outcome_of(exc, spec)
+        if _process is not self._process:
+            exit_fork(None)  # the job forked, and its child came back too, to a thread without a program around it
+        return outcome
 
     def _call(self, job: Job) -> Any:
         function: Any = job.run_function
@@ -129,6 +137,19 @@ class _JobThread(threading.Thread):
         if self._runner is None:
             self._runner = CoroutineRunner()
         return self._runner.run(coroutine, lambda: job._status is JobStatus.CANCELLING)
+
+
+_process = object()
+"""Of this process, and another one in a fork. To ask the system costs a tenth of what a tiny job does."""
+
+
+def _note_fork() -> None:
+    global _process  # noqa: PLW0603 - there is one for each process
+    _process = object()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _nobody() -> None:

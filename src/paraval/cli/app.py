@@ -9,7 +9,7 @@ from typing import Final, TextIO
 
 import click
 
-from paraval.cli.messages import EXIT_FAILED, drop_stdout, interrupted, say_error
+from paraval.cli.messages import EXIT_FAILED, FailedError, drop_stdout, interrupted, say_error
 from paraval.cli.run import run
 from paraval.cli.storages import export, jobs, searches
 from paraval.errors import ParavalError
@@ -32,7 +32,8 @@ def run_command_line() -> int:
         command = exc.ctx.command_path if exc.ctx is not None else "paraval"
         return say_error(f"{exc.format_message()} (see '{command} --help')")
     except (click.ClickException, ParavalError) as exc:
-        return say_error(exc.format_message() if isinstance(exc, click.ClickException) else str(exc))
+        code = say_error(exc.format_message() if isinstance(exc, click.ClickException) else str(exc))
+        return EXIT_FAILED if isinstance(exc, FailedError) else code
     except BrokenPipeError:  # of --help or backends, into a pager that was left
         drop_stdout()
         return EXIT_FAILED

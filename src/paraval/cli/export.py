@@ -9,6 +9,7 @@ JSON and JSON Lines have one object for each job, with all that is stored of it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import sys
@@ -19,10 +20,11 @@ from typing import Any, Final
 import click
 import msgspec
 
+from paraval.cli.messages import FailedError
 from paraval.cli.storages import FORMATS
 from paraval.cli.stored import in_order, is_same_file, outputs_are_objectives, parameters_of, status_of
 from paraval.csvfile import CSVPathError, sink_at
-from paraval.csvlog import _cell
+from paraval.csvlog import _cell, name_beside_error
 from paraval.errors import MissingExtraError
 from paraval.outcome import is_failure
 from paraval.storage import JobRecord
@@ -69,7 +71,7 @@ class Destination:
         """Write all of it.
 
         Raises:
-            click.ClickException: it could not be written.
+            FailedError: it could not be written.
         """
         if self._sink is None:
             sys.stdout.flush()
@@ -77,10 +79,10 @@ class Destination:
             sys.stdout.buffer.flush()
             return
         try:
-            self._sink.replace(data)
-            self._sink.close()
+            with contextlib.closing(self._sink) as sink:
+                sink.replace(data)
         except OSError as exc:
-            raise click.ClickException(f"cannot write {self._sink.path}: {exc.strerror or exc}") from exc
+            raise FailedError(f"cannot write {self._sink.path}: {exc.strerror or exc}") from exc
         self.kept_as = self._sink.kept_as
 
 
@@ -136,6 +138,10 @@ def _error(error: Any) -> dict[str, Any]:
     return {**error._asdict(), "history": [_error(earlier) for earlier in error.history]}
 
 
+_MOST_BITS: Final = 10_000
+"""Of an int that is written in decimal digits, which takes long for more; Python itself refuses soon after."""
+
+
 def _plain(value: Any) -> Any:
     """Give what JSON can hold: keys are strings, bytes are Base64, NaN and the infinities become null."""
     if isinstance(value, dict):
@@ -144,6 +150,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, bytes | bytearray):
         return base64.b64encode(value).decode()
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return hex(value)
     return value if value is None or isinstance(value, int | float) else _encodable(str(value))
 
 
@@ -160,9 +168,7 @@ def _rows(records: Sequence[JobRecord]) -> tuple[list[str], list[dict[str, Any]]
     hpo = outputs_are_objectives(records)
     several = max((len(record.out) for record in records if hpo and isinstance(record.out, tuple | list)), default=0)
     columns: tuple[dict[str, None], ...] = ({}, {}, {})
-    theirs = "error_"  # what they call "error" themselves, by a name that nothing else has
-    while any(theirs in (record.metadata or {}) for record in records):
-        theirs += "_"
+    theirs = name_beside_error(*(record.metadata or {} for record in records))
     rows = []
     for record in records:
         parameters = parameters_of(record)

@@ -8,7 +8,7 @@ from typing import Any
 
 from paraval.cli.progress import duration, number
 from paraval.cli.stored import failures, in_order, is_objective, outputs_are_objectives, parameters_of, status_of
-from paraval.cli.summary import _one_line, _value, make_table, output_console, print_table
+from paraval.cli.summary import _one_line, _shown, _value, make_table, output_console, print_table
 from paraval.job import JobStatus
 from paraval.storage import JobRecord
 
@@ -101,7 +101,7 @@ def _output(out: Any) -> str:
     if out is None:
         return ""
     if not is_objective(out):
-        return _one_line(repr(out))
+        return _one_line(_shown(out))
     several = out if isinstance(out, tuple | list) else [out]
     return ", ".join(_value(item) if isinstance(item, str) else _number(item) for item in several)
 
@@ -118,7 +118,7 @@ def _parameters(record: JobRecord) -> str:
     if parameters is not None:
         return ", ".join(f"{key}={_value(value)}" for key, value in parameters.items())
     return _one_line(
-        ", ".join([*map(repr, record.args or ()), *(f"{k}={v!r}" for k, v in (record.kwargs or {}).items())])
+        ", ".join([*map(_shown, record.args or ()), *(f"{k}={_shown(v)}" for k, v in (record.kwargs or {}).items())])
     )
 
 

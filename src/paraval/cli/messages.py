@@ -12,6 +12,7 @@ __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_FAILED",
     "EXIT_INTERRUPTED",
+    "FailedError",
     "drop_stdout",
     "interrupted",
     "printable",
@@ -22,6 +23,10 @@ __all__ = [
 EXIT_FAILED: Final = 1
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 130
+
+
+class FailedError(click.ClickException):
+    """What was asked for could not be done, though nothing is wrong with the input: exit code 1."""
 
 
 def say(message: str) -> None:

@@ -307,7 +307,7 @@ def _storage(options: _Options, *, results_on_stdout: bool) -> tuple[dict[str, A
             if getattr(options, name):
                 raise click.UsageError(f"--{name} needs --storage URL, which says where the search is kept")
         return {}, None
-    from paraval.cli.stored import files_at, told_of_storage
+    from paraval.cli.stored import files_at, open_existing, told_of_storage
     from paraval.storage.urls import open_storage, sqlite_path, without_secrets
 
     path = sqlite_path(options.storage)
@@ -316,30 +316,43 @@ def _storage(options: _Options, *, results_on_stdout: bool) -> tuple[dict[str, A
             _refuse_to_replace(options.output, "--storage", str(file))
     shown = options.storage if path is not None else without_secrets(options.storage)
     with told_of_storage(options.storage, "opened"):
-        storage = open_storage(options.storage)
+        # Where a search is named, there is one: at a mistyped path no empty store shall be made.
+        of_search = path is not None and options.search is not None
+        storage = (open_existing if of_search else open_storage)(options.storage)
     search = options.search
     if options.resume and search is None:
         with told_of_storage(options.storage, "read"):
-            search = _only_search(storage)
-        if search is None:
+            search, is_new = _only_search(storage)
+        if is_new:
             say(f"there is nothing to resume in {shown} yet: a search begins there")
-    kwargs = {"storage": storage, "search_id": search, "resume": options.resume and search is not None}
-    return kwargs, shown
+    return {"storage": storage, "search_id": search, "resume": options.resume and search is not None}, shown
 
 
-def _only_search(storage: Storage) -> str | None:
-    """Give the search to go on with where none is named: the only one; None where there is none yet.
+def _only_search(storage: Storage) -> tuple[str | None, bool]:
+    """Give the search to go on with where none is named, and whether it begins now.
+
+    It is the only one that has jobs. Where none has, it is the oldest: of several programs that begin at the same
+    moment each may make one, and all of them take the same. It is None where the storage keeps none.
 
     Raises:
         ValueError: there are several.
     """
-    found = storage.search_ids()
+    from paraval.cli.stored import not_empty
+
+    known = storage.search_ids()
+    if len(known) == 1:
+        return known[0], False
+    found = not_empty(storage, known, 2)
     if len(found) > 1:
         raise BadValueError(
-            f"the storage holds {len(found)} searches ({', '.join(found[:8])}{', …' if len(found) > 8 else ''}): "  # noqa: PLR2004 - enough to choose from
+            f"the storage holds {len(known)} searches ({', '.join(known[:8])}{', …' if len(known) > 8 else ''}): "  # noqa: PLR2004 - enough to choose from
             "name the one to go on with by --search ID"
         )
-    return found[0] if found else None
+    if found:
+        return found[0], False
+    if not known:
+        storage.new_search()
+    return next(iter(storage.search_ids()), None), True
 
 
 def _evaluator(run_function: Any, method: str, *, storage_url: str | None, **kwargs: Any) -> Evaluator:

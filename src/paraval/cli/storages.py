@@ -63,7 +63,7 @@ def searches(storage: str) -> None:
 
 @click.command(short_help="Write the jobs of a search to a file.")
 @click.argument("storage")
-@click.option("--search", "search_id", metavar="ID", help="Which search; needed where the storage has several.")
+@click.option("--search", "search_id", metavar="ID", help="Which search; needed where several have jobs.")
 @click.option(
     "-f",
     "--format",
@@ -85,14 +85,16 @@ def export(storage: str, search_id: str | None, form: str | None, output: str) -
     """  # noqa: D301 - as above
     from paraval.cli.export import Destination, in_format
     from paraval.cli.messages import say
-    from paraval.cli.stored import files_of
+    from paraval.cli.stored import files_of, not_empty
 
     destination = Destination(output, form, files_of(storage))
     with _opened(storage) as opened:
-        chosen = _chosen(opened, search_id)
+        known = chosen = _chosen(opened, search_id)
+        if len(known) > 1:
+            chosen = not_empty(opened, known, 2)
         if len(chosen) > 1:
-            some = ", ".join(chosen[:10]) + (", …" if len(chosen) > 10 else "")  # noqa: PLR2004 - enough of a line
-            raise click.UsageError(f"there are {len(chosen)} searches ({some}): choose one with --search")
+            some = ", ".join(known[:10]) + (", …" if len(known) > 10 else "")  # noqa: PLR2004 - enough of a line
+            raise click.UsageError(f"there are {len(known)} searches ({some}): choose one with --search")
         records = opened.scan(chosen[0])[0] if chosen else []
     destination.write(in_format(records, destination.form))
     if destination.kept_as is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ __all__ = [
     "in_order",
     "is_objective",
     "is_same_file",
+    "not_empty",
     "open_existing",
     "outputs_are_objectives",
     "parameters_of",
@@ -122,6 +124,11 @@ def is_same_file(one: str | Path, other: str | Path) -> bool:
 def _path_of(name: str) -> Path | None:
     """Give the path of a SQLite file; None for what is a URL of another kind."""
     return Path(name) if ":" not in name or os.path.exists(name) else sqlite_path(name)  # noqa: PTH110 - it never raises
+
+
+def not_empty(storage: Storage, search_ids: Iterable[str], most: int) -> list[str]:
+    """Give those of the searches that have jobs, at most so many: finding out may mean reading them."""
+    return list(itertools.islice((search_id for search_id in search_ids if storage.scan(search_id)[0]), most))
 
 
 def in_order(records: Sequence[JobRecord]) -> list[JobRecord]:

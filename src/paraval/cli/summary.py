@@ -158,7 +158,14 @@ def _candidates(console: Console, candidates: Sequence[Candidate]) -> Table:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) and value.isprintable() and value else repr(value)
+    return value if isinstance(value, str) and value.isprintable() and value else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - it is a user's; and an int of more than 4,300 digits has none
+        return f"<{type(value).__name__} without a text>"
 
 
 def _one_line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from paraval.engine.batching import Batching
 from paraval.engine.engine import Engine, EngineSettings
+from paraval.engine.gathered import Gathered
 from paraval.engine.intake import Intake
 from paraval.engine.ledger import Gate, Ledger, Statistics
 from paraval.engine.lifecycle import Lifecycle
@@ -13,6 +14,7 @@ __all__ = [
     "Engine",
     "EngineSettings",
     "Gate",
+    "Gathered",
     "Intake",
     "Ledger",
     "Lifecycle",

@@ -17,14 +17,17 @@ import anyio
 
 from paraval.backends.base import Backend, RunSpec
 from paraval.engine.batching import Batching
+from paraval.engine.ctrl_c import spared_ctrl_c
 from paraval.engine.deadlines import Deadlines
+from paraval.engine.dispatch import Dispatch
 from paraval.engine.following import Following
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
 from paraval.engine.recorder import Recorder
 from paraval.engine.settling import OUT_OF_BUDGET
-from paraval.engine.workers import MARGIN_S, Workers
-from paraval.errors import EvaluatorClosedError
+from paraval.engine.watch import MARGIN_S, Watch
+from paraval.engine.workers import Workers
+from paraval.errors import EvaluatorClosedError, UsageError
 from paraval.job import Job
 from paraval.loops import Doorbell, Loop
 from paraval.outcome import JobError, Outcome
@@ -80,11 +83,13 @@ class Engine:
         self._doorbell = Doorbell(loop, self._broken)
         self._deadlines = Deadlines(self._clock, loop)
         self._recorder = Recorder(settings.storage, settings.writer, settings.owner, settings.notifier, settings.ledger)
-        self._workers = Workers(settings, self._recorder, self._deadlines, loop)
-        self._settling = self._workers.settling
+        self._dispatch = Dispatch(settings, self._recorder, self._deadlines, loop)
+        self._settling = self._dispatch.settling
+        self._watch = Watch(settings, self._dispatch, self._deadlines)
+        self._workers = Workers(settings, self._dispatch, self._watch, loop)
         self._following = Following(
             self._settling,
-            self._workers.put,
+            self._dispatch.queue.put,
             self._recorder.fail,
             settings.storage,
             settings.owner,
@@ -158,7 +163,10 @@ class Engine:
 
     async def execute_on_slot(self, job: Job) -> Job:
         """Run a job that a worker has taken on that worker's slot; for an overridden ``Evaluator.execute``."""
-        return await self._workers.execute_on_slot(job)
+        worker = self._settling.holders.get(job.id)
+        if worker is None:
+            raise UsageError(f"no worker has job {job.id}: execute() is for the job that it was called with")
+        return await worker.execute_on_slot(job)
 
     # -- the life of the engine ----------------------------------------------------------------------------------------
 
@@ -168,9 +176,12 @@ class Engine:
             if self.loop.is_asyncio and (task := asyncio.current_task()) is not None:
                 self._spec.home_is_ending = lambda: task.cancelling() > 0
             async with anyio.create_task_group() as group:
-                group.start_soon(self._deadlines.watch, name="paraval deadlines")
-                group.start_soon(self._settings.backend.supervise, name="paraval supervisor")
-                group.start_soon(self._following.watch, name="paraval following")
+                for function, name in (
+                    (self._deadlines.watch, "paraval deadlines"),
+                    (self._settings.backend.supervise, "paraval supervisor"),
+                    (self._following.watch, "paraval following"),
+                ):
+                    group.start_soon(spared_ctrl_c(function, self.loop), name=name)
                 self._watch_budget()
                 started()
                 while not self._stopping:
@@ -218,7 +229,7 @@ class Engine:
         if self._clock() >= self._spec.budget_end:
             self._settling.settle_all([job.id for job in jobs], OUT_OF_BUDGET)
             return
-        self._workers.put(jobs)
+        self._dispatch.queue.put(jobs)
 
     def _begin_stop(self) -> None:
         self._stopping = True
@@ -237,7 +248,7 @@ class Engine:
     def _stop_everything(self, reason: JobError) -> None:
         settling = self._settling
         for worker in self._workers:
-            self._workers.progress(worker)
+            worker.progress()
             # What a worker has not begun ends here: given back to the queue, it would begin after all.
             waiting = [] if worker.batch is None else worker.batch.reclaim()
             self._ledger.started(-len(waiting))
@@ -245,7 +256,7 @@ class Engine:
         settling.settle_all([key for key in settling.open if key not in settling.holders], reason)
         for worker in self._workers:
             for job in () if worker.batch is None else worker.batch.in_hand:
-                self._workers.interrupt(worker, job, reason)
+                self._watch.interrupt(worker, job, reason)
         if settling.open.keys() - settling.reasons.keys():  # a thread was taking one this very moment
             self._deadlines.add(self._clock() + 0.01, lambda now: self._stop_the_rest(reason, now))
 
@@ -264,14 +275,14 @@ class Engine:
             self._ledger.started(-1)
             self._settling.settle_all([job.id], reason)
         elif batch.current is job:
-            self._workers.interrupt(worker, job, reason)
+            self._watch.interrupt(worker, job, reason)
         elif patience or job not in batch.in_hand:
             # It is being taken or was finished this very moment; or it was sent ahead, and the worker will soon say
             # that it runs, or give it back.
             self._deadlines.add(self._clock() + 0.001, lambda _now: self._cancel(job, reason, max(0, patience - 1)))
         else:
             batch.hurry = True
-            self._workers.interrupt(worker, job, reason)
+            self._watch.interrupt(worker, job, reason)
 
     def _broken(self, exc: BaseException) -> None:
         """A call from another thread failed: that is a defect of ours, and whoever waits must hear of it."""

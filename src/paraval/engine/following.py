@@ -136,7 +136,7 @@ class Following:
                 self._run([job])
                 continue
             take_over(job, source, record)
-            ended.append((job, outcome, now))
+            ended.append((job, outcome if record is None else record.outcome_for(type(job)), now))
         self._settling.settle(ended)
 
     def _release(self, source: str, outcome: Outcome | None = None) -> None:

@@ -22,7 +22,8 @@ from paraval.storage import JobChange, JobRecord, Storage
 from paraval.storage.writer import Writer, patiently
 
 if TYPE_CHECKING:
-    from paraval.engine.recall import Known, Recall
+    from paraval.engine.answers import Known
+    from paraval.engine.recall import Recall
 
 __all__ = ["Intake"]
 
@@ -177,12 +178,10 @@ class Intake:
         if recall is not None:
             known = patiently(lambda: recall.look_up(configurations, self.job_class, is_private=is_private))
             try:
-                new = self._make_known(configurations, known, is_private=is_private)
+                return self._make_known(configurations, known, is_private=is_private)
             except BaseException:
                 recall.give_back(known, is_private=is_private)
                 raise
-            new.known = known
-            return new
         return _New(self._make_jobs(configurations, is_private=is_private))
 
     def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
@@ -227,9 +226,19 @@ class Intake:
     def _make_known(self, configurations: Sequence[Args], known: Sequence[Known], *, is_private: bool) -> _New:
         """Make jobs: some under the ids of records that exist, some that will not be run."""
         missing = [index for index, one in enumerate(known) if one.record is None]
-        made = self._make_jobs([configurations[index] for index in missing], is_private=is_private) if missing else []
-        by_index = dict(zip(missing, made, strict=True))
-        new = _New()
+        known = list(known)
+        by_index: dict[int, Job] = {}
+        if missing and (recall := self._recall) is not None:
+            lacking = [configurations[index] for index in missing]
+            made = self._make_jobs(lacking, is_private=is_private)
+            job_ids = [job.id for job in made]
+            met = patiently(lambda: recall.meet_rivals(job_ids, lacking, self.job_class, is_private=is_private))
+            for index, one in zip(missing, met, strict=True):
+                if isinstance(one, int):
+                    by_index[index] = made[one]
+                else:
+                    known[index] = one
+        new = _New(known=known)
         for index, (configuration, one) in enumerate(zip(configurations, known, strict=True)):
             job = by_index.get(index) or self._make_again(configuration, one.record)
             if one.record is not None and one.outcome is None and one.source is None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Final
 
 import anyio
-import anyio.to_thread
-from anyio.abc import TaskGroup
 
+from paraval.engine.callers_home import CallersHome
 from paraval.engine.engine import Engine
 from paraval.engine.ledger import Ledger
 from paraval.engine.thread_home import run_in_thread
 from paraval.errors import EvaluatorClosedError, ForkedError, UsageError
 from paraval.job import Job
-from paraval.loops import Loop
+from paraval.loops import Loop, call_in_thread
 from paraval.outcome import Outcome
 
 __all__ = ["Lifecycle"]
@@ -49,7 +46,7 @@ class Lifecycle:
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._home: _CallersLoop | None = None
+        self._home: CallersHome | None = None
         self._pid = os.getpid()
 
     @property
@@ -84,9 +81,14 @@ class Lifecycle:
 
     def refuse_on_home(self, call: str, instead: str) -> None:
         """Raise UsageError where a blocking call would block the very loop that runs the jobs."""
-        engine = self._engine
-        home = engine.loop if engine is not None else self._home.loop if self._home is not None else None
-        if home is not None and home.is_here and home.is_running:
+        engine, home = self._engine, self._home
+        if engine is not None and not engine.ended:
+            loop = engine.loop
+        elif home is not None and not home.is_gone:
+            loop = home.loop
+        else:
+            return
+        if loop.is_here and loop.is_running:
             raise UsageError(f"{call} would block the event loop that runs the jobs: use 'await {instead}' here")
 
     # -- opening -------------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ class Lifecycle:
             engine.give_up(closing=False)
         if engine is not None and (engine.ended or engine.loop.is_closed):  # its loop ended without a close
             self._engine = engine = self._thread = None
-        if self._home is not None and self._home.loop.is_closed:
+        if self._home is not None and self._home.is_gone:
             self._home = None
         if engine is None:
             self._ledger.reopen()
@@ -173,7 +175,7 @@ class Lifecycle:
                 if engine is not None:
                     thread = self._end_close(engine)
             if thread is not None:
-                await anyio.to_thread.run_sync(thread.join, _JOIN_S)
+                await call_in_thread(thread.join, _JOIN_S)
         return [] if engine is None else engine.given_back
 
     def _begin_close(self) -> Engine | None:
@@ -206,7 +208,7 @@ class Lifecycle:
         Raises:
             UsageError: it is entered already, or jobs are at work in the thread of our own.
         """
-        if self._home is not None:
+        if self._home is not None and not self._home.is_gone:
             raise UsageError("this evaluator was entered with 'async with' already; leave that block first")
         if self._engine is not None:
             if self._ledger.in_flight:
@@ -215,65 +217,13 @@ class Lifecycle:
                     "their own: gather them or close() first, or submit inside the block"
                 )
             await self.aclose()
-        home = _CallersLoop()
-        await home.open()
-        self._home = home
+        self._home = CallersHome()
 
-    async def exit(self, exc: BaseException | None, traceback: TracebackType | None) -> bool:
-        """Leave the home, after :meth:`aclose`; tell whether the exception ends here."""
-        home, self._home = self._home, None
-        if home is None:
-            return False
-        return await home.close(exc, traceback)
-
-
-class _CallersLoop:
-    """The loop of an ``async with`` block, and the task group in which a keeper runs one engine after the other."""
-
-    def __init__(self) -> None:
-        self.loop = Loop.running()
-        self._group: TaskGroup = anyio.create_task_group()
-        self._engines: deque[Engine] = deque()
-        self._wanted = self.loop.event()
-
-    async def open(self) -> None:
-        await self._group.__aenter__()
-        self._group.start_soon(self._keep, name="paraval engine")
-
-    async def close(self, exc: BaseException | None, traceback: TracebackType | None) -> bool:
-        """Close the group. The engine has ended."""
-        # The group gets to see only a cancellation, which may be its own: another exception of the caller's block would
-        # come out wrapped in a group, though nothing else failed.
-        self._group.cancel_scope.cancel()
-        if isinstance(exc, anyio.get_cancelled_exc_class()):
-            return bool(await self._group.__aexit__(type(exc), exc, traceback))
-        await self._group.__aexit__(None, None, None)
-        return False
-
-    def run(self, engine: Engine) -> None:
-        """Have the keeper run an engine; from any thread, from inside a task or not.
-
-        Raises:
-            EvaluatorClosedError: the loop is gone.
-        """
-        self._engines.append(engine)
-        if not self.loop.call_soon(self._want):
-            raise EvaluatorClosedError("the event loop that runs the jobs is gone: it was closed or has ended")
-
-    def _want(self) -> None:
-        self._wanted.set()  # the event of that moment: the keeper makes a new one for each wait
-
-    async def _keep(self) -> None:
-        while True:
-            while self._engines:
-                # A cancellation from outside ends the caller's block, and the block's end closes the engine: in order,
-                # with the grace that its jobs have.
-                with anyio.CancelScope(shield=True):
-                    await self._engines.popleft().run(_do_nothing)
-            self._wanted = self.loop.event()
-            if not self._engines:
-                await self._wanted.wait()
-
-
-def _do_nothing() -> None:
-    pass
+    async def exit(self) -> None:
+        """Leave the home, after :meth:`aclose`; in any task, whatever else was entered meanwhile."""
+        with self._lock:
+            home, self._home = self._home, None
+        if home is not None:
+            if self._engine is not None and self._engine.loop is home.loop:  # somebody submitted after the close
+                await self.aclose()
+            await home.leave()

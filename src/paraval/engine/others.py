@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from paraval.engine.recall import SURPLUS
 from paraval.job import Job, JobContext, JobStatus
 from paraval.storage import JobRecord, Storage
 
@@ -43,7 +44,7 @@ class Others:
         return [self._job(record, job_class, context) for record in news]
 
     def _is_news(self, record: JobRecord) -> bool:
-        is_mine = record.owner == self._owner or record.is_private
+        is_mine = record.owner == self._owner or record.is_private or record.error == SURPLUS
         return not is_mine and JobStatus(record.status).is_terminal and _seen(record) not in self._seen
 
     def _job(self, record: JobRecord, job_class: type[Job], context: JobContext) -> Job:
@@ -52,7 +53,7 @@ class Others:
         job.context = context
         job.metadata.update(record.metadata or {})
         # As an outcome, since an output that is none for this class of jobs must not hide the other jobs.
-        job.settle(record.outcome)
+        job.settle(record.outcome_for(job_class))
         return job
 
 

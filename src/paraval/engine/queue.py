@@ -16,12 +16,20 @@ __all__ = ["JobQueue"]
 
 
 class JobQueue:
-    """Workers pull from here, in the order of submission. On the engine's loop only."""
+    """Workers pull from here, in the order of submission. On the engine's loop only.
+
+    Attributes:
+        idle: how many workers wait for a job; those that were woken and have not pulled it yet are among them.
+        on_surplus: called when jobs came that no idle worker will take.
+    """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._jobs: deque[Job] = deque()
-        self._waiting: dict[Callable[[], object], None] = {}  # a dict is an ordered set with cheap removal
+        # A dict is an ordered set with cheap removal. The number: whether who waits is idle no more when it is called.
+        self._waiting: dict[Callable[[], object], int] = {}
+        self.idle = 0
+        self.on_surplus: Callable[[], object] | None = None
 
     def __len__(self) -> int:
         """Count the jobs that wait; cancelled ones that nobody pulled yet included."""
@@ -39,27 +47,32 @@ class JobQueue:
 
     async def pull(self) -> Job:
         """Wait for the next job. Cancelled, it loses none."""
-        while not self._jobs:
-            turn = self._loop.event()
-            self._waiting[turn.set] = None
-            try:
-                await turn.wait()
-            except BaseException:
-                self.give_up_turn(turn.set)
-                raise
+        self.idle += 1
+        try:
+            while not self._jobs:
+                turn = self._loop.event()
+                self._waiting[turn.set] = 0
+                try:
+                    await turn.wait()
+                except BaseException:
+                    self.give_up_turn(turn.set)
+                    raise
+        finally:
+            self.idle -= 1
         return self._jobs.popleft()
 
     def call_in_turn(self, callback: Callable[[], object]) -> None:
         """Have it called, once, when there is a job; it may pull it at once, from within :meth:`put`."""
-        self._waiting[callback] = None
+        self.idle += 1
+        self._waiting[callback] = 1
 
-    def give_up_turn(self, callback: Callable[[], object]) -> bool:
-        """Have it not called; False when it was called already."""
-        if callback not in self._waiting:
+    def give_up_turn(self, callback: Callable[[], object]) -> None:
+        """Have it not called, if it was not called already."""
+        is_idle = self._waiting.pop(callback, None)
+        if is_idle is None:
             self._wake()  # it was our turn: it is another's now
-            return False
-        del self._waiting[callback]
-        return True
+        else:
+            self.idle -= is_idle
 
     def pull_many(self, most: int) -> list[Job]:
         """Give the next jobs, at most so many; [] when none waits."""
@@ -75,5 +88,8 @@ class JobQueue:
         for _ in range(min(len(self._jobs), len(self._waiting))):
             if not self._jobs:  # who was called took several
                 break
-            callback, _nothing = self._waiting.popitem()
+            callback, is_idle = self._waiting.popitem()
+            self.idle -= is_idle
             callback()
+        if len(self._jobs) > self.idle and self.on_surplus is not None:
+            self.on_surplus()

@@ -1,42 +1,28 @@
 """What a storage already knows of a configuration: for ``resume`` and ``reuse``.
 
-*Resume* goes on with a search: the k-th submission of a configuration meets the k-th record of it. *Reuse* answers a
-configuration from any search of the storage, or joins one that is in flight.
+*Resume* goes on with a search: the k-th submission of a configuration meets the k-th record of it, whoever has made
+that, and when. *Reuse* answers a configuration from any search of the storage, or joins one that is in flight.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+from paraval.engine.answers import NOTHING, Answers, Known, args_of, key_for
 from paraval.engine.owners import living_owners
 from paraval.engine.settling import OUT_OF_BUDGET
 from paraval.job import HPOJob, Job, JobStatus
-from paraval.outcome import JobError, Outcome, is_failure
-from paraval.storage import JobRecord, Storage, UnstorableError
-from paraval.storage.codec import key_of
+from paraval.outcome import JobError, Outcome
+from paraval.storage import JobChange, JobRecord, Storage
 
-__all__ = ["Known", "Recall", "ended_too_often", "final_outcome"]
+__all__ = ["SURPLUS", "Known", "Recall", "ended_too_often", "final_outcome", "number_of"]
 
-
-class Known(NamedTuple):
-    """What is known of one configuration that was submitted.
-
-    Attributes:
-        record: the record that stands for it already; None: it needs one.
-        outcome: what became of it, or None: it is to be run.
-        source: the job that the outcome is of, or will be: this very one where a record stands for it.
-        noted: the record of the outcome, for what was noted beside it.
-        twin: index, among the configurations of the same submission, of the one that it is the same as.
-    """
-
-    record: JobRecord | None = None
-    outcome: Outcome | None = None
-    source: str | None = None
-    noted: JobRecord | None = None
-    twin: int | None = None
+SURPLUS: Final = JobError("cancelled", "another driver has submitted the same at the same moment, and runs it")
+"""Why a record is not run that stands for nothing: the next submission of its configuration meets it."""
 
 
 class Recall:
@@ -64,19 +50,19 @@ class Recall:
         max_attempts: int,
     ) -> None:
         self._storage = storage
+        self._search_id = search_id
         self._function = function
         self._owner = owner
-        self._reuse = reuse
+        self._resumes = resume
         self._max_attempts = max_attempts
         self._lock = threading.Lock()
         self._left: dict[tuple[bytes, bool], deque[JobRecord]] = {}
-        self._answers = _Answers(storage, function) if reuse else None
+        self._revision = 0
+        self._next = 0
+        """Of the jobs of the search, the number of the first that was not looked at yet."""
+        self._answers = Answers(storage, search_id, function) if reuse else None
         if resume:
-            records, _ = storage.scan(search_id)
-            for record in sorted(records, key=lambda record: int(record.id.rpartition(".")[2])):
-                key = _key(record.function, _args_of(record)) if record.function == function else None
-                if key is not None:
-                    self._left.setdefault((key, record.is_private), deque()).append(record)
+            self._read()
 
     def look_up(
         self, configurations: Sequence[Mapping[str, Any]], job_class: type[Job], *, is_private: bool
@@ -86,50 +72,133 @@ class Recall:
         When nothing comes of it, be it that this raises, the records are given back with :meth:`give_back`.
         """
         with self._lock:
-            found = [self._resumed(configuration, is_private=is_private) for configuration in configurations]
+            if self._resumes:
+                self._read()
+            found = [self._resumed(configuration, job_class, is_private=is_private) for configuration in configurations]
         try:
             with self._lock:
                 return self._completed(found, configurations, job_class)
         except BaseException:
-            self.give_back([known or _NOTHING for known in found], is_private=is_private)
+            self.give_back([known or NOTHING for known in found], is_private=is_private)
             raise
+
+    def meet_rivals(
+        self,
+        job_ids: Sequence[str],
+        configurations: Sequence[Mapping[str, Any]],
+        job_class: type[Job],
+        *,
+        is_private: bool,
+    ) -> list[Known | int]:
+        """Look whether others have recorded the same between :meth:`look_up` and the insertion of records.
+
+        What is recorded has a number, and the lower one comes first: so of two drivers that submit the same at the same
+        moment, both see that it is the one's job, and that the other's record is the next of its configuration.
+
+        Args:
+            job_ids: of the new records, in the order of their numbers.
+            configurations: theirs.
+            job_class: of the jobs.
+            is_private: whether they are.
+
+        Returns:
+            For each configuration, what is known of it, or which of the new records stands for it.
+        """
+        met: list[Known | int] = list(range(len(job_ids)))
+        if not self._resumes or not job_ids:
+            return met
+        with self._lock:
+            first = number_of(job_ids[0])
+            if first == self._next:  # nobody came since the last look
+                self._next = first + len(job_ids)
+            elif first > self._next:
+                self._read()
+            if not self._left:
+                return met
+            keys = [key_for(self._function, configuration) for configuration in configurations]
+            taken = [self._take(key, first, is_private=is_private) for key in keys]
+            rivals = [record for record in taken if record is not None]
+        if not rivals:
+            return met
+        found: list[Known | None] = [Known(record) for record in rivals]
+        try:
+            with self._lock:
+                self._adopt(rivals, found, job_class)
+                surplus = _arranged(met, keys, found)
+                self._set_aside([job_ids[index] for index in surplus], is_private=is_private)
+                return met
+        except BaseException:
+            self.give_back([Known(record) for record in rivals], is_private=is_private)
+            raise
+
+    def _take(self, key: bytes | None, before: float, *, is_private: bool) -> JobRecord | None:
+        """Take the next record of a configuration, if its number is lower than this one."""
+        place = None if key is None else (key, is_private)
+        records = None if place is None else self._left.get(place)
+        if place is None or not records or number_of(records[0].id) >= before:
+            return None
+        record = records.popleft()
+        if not records:
+            del self._left[place]
+        return record
+
+    def _set_aside(self, job_ids: list[str], *, is_private: bool) -> None:
+        """Have new records that stand for nothing be met by the next submissions of their configurations, here too."""
+        cancelled = JobStatus.CANCELLED.value
+        self._storage.update([JobChange(it, status=cancelled, error=SURPLUS, by=self._owner) for it in job_ids])
+        for record in self._storage.get(job_ids):
+            self._give_back(record, is_private=is_private)
+
+    def _read(self) -> None:
+        """Take in the records that were made since the last time, but for those that were made here."""
+        records, revision = self._storage.scan(self._search_id, self._revision)
+        for record in sorted(records, key=lambda record: number_of(record.id)):
+            if number_of(record.id) < self._next:
+                continue  # it has only changed: what is open is read again when it is met
+            self._next = number_of(record.id) + 1
+            key = key_for(record.function, args_of(record)) if record.function == self._function else None
+            if key is not None and record.owner != self._owner:
+                self._left.setdefault((key, record.is_private), deque()).append(record)
+        self._revision = revision
 
     def give_back(self, found: Sequence[Known], *, is_private: bool) -> None:
         """Have the records that were found be met by the next submissions: these came to nothing."""
         with self._lock:
-            for known in reversed(found):
-                record = known.record
-                key = None if record is None else _key(record.function, _args_of(record))
-                if record is not None and key is not None:
-                    self._left.setdefault((key, is_private), deque()).appendleft(record)
+            for known in found:
+                if known.record is not None:
+                    self._give_back(known.record, is_private=is_private)
+
+    def _give_back(self, record: JobRecord, *, is_private: bool) -> None:
+        key = key_for(record.function, args_of(record))
+        if key is not None:
+            records = self._left.setdefault((key, is_private), deque())
+            number = number_of(record.id)
+            records.insert(sum(number_of(other.id) < number for other in records), record)
 
     def _completed(
         self, found: list[Known | None], configurations: Sequence[Mapping[str, Any]], job_class: type[Job]
     ) -> list[Known]:
-        self._adopt([known.record for known in found if known is not None and known.outcome is None], found)
+        self._adopt([known.record for known in found if known is not None and known.outcome is None], found, job_class)
         if self._answers is None:
-            return [known or _NOTHING for known in found]
+            return [known or NOTHING for known in found]
         self._answers.update(objectives=issubclass(job_class, HPOJob))
         twins: dict[bytes, int] = {}
         return [
-            known or self._answers.answer(configuration, twins, index)
+            known or self._answers.answer(configuration, job_class, twins, index)
             for index, (known, configuration) in enumerate(zip(found, configurations, strict=True))
         ]
 
-    def _resumed(self, configuration: Mapping[str, Any], *, is_private: bool) -> Known | None:
-        key = _key(self._function, configuration) if self._left else None
-        records = None if key is None else self._left.get((key, is_private))
-        if not records:
-            return None
-        record = records.popleft()
-        return Known(record, final_outcome(record), record.id, record)
+    def _resumed(self, configuration: Mapping[str, Any], job_class: type[Job], *, is_private: bool) -> Known | None:
+        key = key_for(self._function, configuration) if self._left else None
+        record = self._take(key, math.inf, is_private=is_private)
+        return None if record is None else Known(record, final_outcome(record, job_class), record.id, record)
 
-    def _adopt(self, records: list[JobRecord | None], found: list[Known | None]) -> None:
+    def _adopt(self, records: Sequence[JobRecord | None], found: list[Known | None], job_class: type[Job]) -> None:
         """Take the open jobs over whose driver is gone; those whose driver is not are followed."""
         wanted = {record.id: record for record in records if record is not None}
         if not wanted:
             return
-        # As they are now: they were read when the evaluator was made.
+        # As they are now: they may have been read long ago.
         wanted = {record.id: record for record in self._storage.get(wanted)}
         living = living_owners(self._storage) - {self._owner}
         orphans = {
@@ -145,53 +214,22 @@ class Recall:
             if record.id in adopted:
                 found[index] = Known(record, ended_too_often(record, self._max_attempts))
             else:
-                found[index] = Known(record, final_outcome(record), record.id, record)
+                found[index] = Known(record, final_outcome(record, job_class), record.id, record)
 
 
-class _Answers:
-    """Results and jobs in flight of all searches, by configuration; kept up to date by scanning what has changed."""
-
-    def __init__(self, storage: Storage, function: str) -> None:
-        self._storage = storage
-        self._function = function
-        self._revisions: dict[str, int] = {}
-        self._done: dict[bytes, str] = {}
-        self._open: dict[bytes, str] = {}
-
-    def update(self, *, objectives: bool) -> None:
-        """Take in what is new; ``objectives``: whether an output may say itself that it is a failure."""
-        for search_id in self._storage.search_ids():
-            records, self._revisions[search_id] = self._storage.scan(search_id, self._revisions.get(search_id, 0))
-            for record in records:
-                key = _key(record.function, _args_of(record)) if record.function == self._function else None
-                if key is not None:
-                    self._note(key, record, has_failed=objectives and is_failure(record.out))
-
-    def _note(self, key: bytes, record: JobRecord, *, has_failed: bool) -> None:
-        if record.status == JobStatus.DONE.value and record.error is None and not has_failed:
-            self._done.setdefault(key, record.id)
-            self._open.pop(key, None)
-        elif not JobStatus(record.status).is_terminal:
-            self._open.setdefault(key, record.id)
-        elif self._open.get(key) == record.id:
-            del self._open[key]
-
-    def answer(self, configuration: Mapping[str, Any], twins: dict[bytes, int], index: int) -> Known:
-        key = _key(self._function, configuration)
-        if key is None:
-            return _NOTHING
-        if key in self._done:
-            (record,) = self._storage.get([self._done[key]])
-            return Known(outcome=record.outcome, source=record.id, noted=record)
-        if key in self._open:
-            return Known(source=self._open[key])
-        if key in twins:
-            return Known(twin=twins[key])
-        twins[key] = index
-        return _NOTHING
-
-
-_NOTHING: Final = Known()
+def _arranged(met: list[Known | int], keys: Sequence[bytes | None], rivals: Sequence[Known | None]) -> list[int]:
+    """Give each configuration the record of the lowest number that is left of its own; give the records left over."""
+    pools: dict[bytes | None, deque[Known | int]] = {}
+    for known in rivals:
+        if known is not None and known.record is not None:
+            pools.setdefault(key_for(known.record.function, args_of(known.record)), deque()).append(known)
+    for index, key in enumerate(keys):
+        if key in pools:
+            pools[key].append(index)
+    for index, key in enumerate(keys):
+        if key in pools:
+            met[index] = pools[key].popleft()
+    return [it for pool in pools.values() for it in pool if isinstance(it, int)]
 
 
 def ended_too_often(record: JobRecord, most: int) -> Outcome | None:
@@ -208,24 +246,21 @@ def ended_too_often(record: JobRecord, most: int) -> Outcome | None:
     return Outcome(error=JobError("worker_died", message, attempts=attempts))
 
 
-def final_outcome(record: JobRecord) -> Outcome | None:
-    """Give what became of a job; None when nothing has, or when it was stopped only because its evaluator ended."""
+def final_outcome(record: JobRecord, job_class: type[Job] = Job) -> Outcome | None:
+    """Give what became of a job, for one of this class.
+
+    Returns:
+        None when nothing has become of it, or when it was stopped only because its evaluator ended.
+    """
     if not JobStatus(record.status).is_terminal:
         return None
     if record.status == JobStatus.CANCELLED.value and record.error is not None:
         kind, message = record.error.kind, record.error.message
         if kind == "cancelled" or message.startswith(OUT_OF_BUDGET.message):
             return None
-    return record.outcome
+    return record.outcome_for(job_class)
 
 
-def _args_of(record: JobRecord) -> Mapping[str, Any]:
-    args = record.args[0] if record.args else None
-    return args if isinstance(args, Mapping) else {}
-
-
-def _key(function: str | None, configuration: Mapping[str, Any]) -> bytes | None:
-    try:
-        return key_of(function, configuration)
-    except UnstorableError:  # only a store in memory can hold it, and it is like no other
-        return None
+def number_of(job_id: str) -> int:
+    """Give the number of a job in its search."""
+    return int(job_id.rpartition(".")[2])

@@ -165,7 +165,7 @@ def _give_up(job: Job, record: JobRecord) -> None:
     """Have a job show its record, which another driver writes: this one was taken to be gone."""
     job.error, job.output = None, None
     if JobStatus(record.status).is_terminal:
-        job.settle(record.outcome)
+        job.settle(record.outcome_for(type(job)))
         job.restored = True
     else:
         message = "another driver has taken the job over, as this one could not say that it lives; it has the result"

@@ -16,7 +16,7 @@ from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome
 
 if TYPE_CHECKING:
-    from paraval.engine.workers import Worker
+    from paraval.engine.worker import Worker
 
 __all__ = ["OUT_OF_BUDGET", "Settling", "out_of_time"]
 

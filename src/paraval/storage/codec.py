@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from paraval.errors import CorruptStoreError
 from paraval.outcome import JobError
+from paraval.storage.base import UnstorableError
 from paraval.storage.plain import Plain, are_flat, encoder, is_plain, read_ext, sorting_encoder
 from paraval.storage.records import JobChange, JobRecord
 
@@ -77,8 +78,9 @@ def encode_record(record: JobRecord) -> bytes:
     Raises:
         UnstorableError: there is something in it that cannot be kept; the message gives the way to it.
     """
+    looked_at = _looked_at(record)
     try:
-        return _RECORD_VERSION + encoder.encode(_looked_at(record))
+        return _RECORD_VERSION + encoder.encode(looked_at)
     except _UNSEEN:
         return _RECORD_VERSION + encoder.encode(_made_plain(record))
 
@@ -92,6 +94,7 @@ def encode_records(records: Sequence[JobRecord], numbers: Sequence[int] = ()) ->
     looked_at = records
     if not (
         all(map(_is_as_submitted, records))
+        and _are_headed_well(records)
         and are_flat(record.args[0] for record in records if record.args)
         and are_flat(record.metadata for record in records)
     ):
@@ -104,6 +107,7 @@ def encode_records(records: Sequence[JobRecord], numbers: Sequence[int] = ()) ->
 
 def _looked_at(record: JobRecord) -> JobRecord:
     """Give a record that the encoder knows how to write, unless there is one of the _UNSEEN in it."""
+    _refuse_odd(record, _RECORD_KINDS)
     # A job that is submitted has arguments and one note: it is not looked at part by part.
     if _is_as_submitted(record):
         known_plain = record.args is not None and is_plain(record.args[0]) and is_plain(record.metadata)
@@ -122,6 +126,15 @@ def _is_as_submitted(record: JobRecord) -> bool:
         and type(args := record.args) is tuple
         and len(args) == 1
     )
+
+
+def _are_headed_well(records: Sequence[JobRecord]) -> bool:
+    """Whether the other parts of records as they are submitted are of their kinds; they are mostly the same for all."""
+    try:
+        heads = set(map(_head_of, records))
+    except TypeError:  # one has no hash
+        return False
+    return all(map(_KINDS_OF_HEAD.__contains__, [tuple(map(type, head)) for head in heads]))
 
 
 def _made_plain(record: JobRecord) -> JobRecord:
@@ -224,9 +237,10 @@ def encode_ends(changes: Sequence[JobChange], numbers: Sequence[int]) -> bytes |
 def _says_ended_well(change: JobChange) -> bool:
     return (
         change.error is None
-        and change.status is not UNSET
+        and type(change.status) is int
+        and change.status in _STATUSES
         and change.out is not UNSET
-        and change.metadata is not None
+        and type(change.metadata) is dict
         and change.args is UNSET
         and change.kwargs is UNSET
         and change.intermediate is None
@@ -237,6 +251,7 @@ def _says_ended_well(change: JobChange) -> bool:
 def _stored(change: JobChange) -> dict[str, Any]:
     if _says_ended_well(change):  # most do: as below
         return {"status": change.status, "out": change.out, "error": None, "metadata": change.metadata}
+    _refuse_odd(change, _CHANGE_KINDS)
     stored = {name: value for name, absent in _ABSENT.items() if (value := getattr(change, name)) is not absent}
     if type(change.error) is JobError:
         stored["error"] = encode_error(change.error)
@@ -337,6 +352,54 @@ def key_of(function: str | None, args: Mapping[str, Any]) -> bytes:
     return sorting_encoder.encode((plain.of(function), plain.of(args)))
 
 
+def _refuse_odd(value: JobRecord | JobChange, kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """Raise if a part is of a kind that could be written, and not be read as what it is."""
+    for name, kind in kinds.items():
+        part = getattr(value, name)
+        is_right = isinstance(part, kind) and not (isinstance(part, bool) and bool not in kind)
+        if name == "status" and type(part) is not UnsetType:
+            is_right = is_right and part in _STATUSES
+        if name == "intermediate" and part is not None:
+            is_right = is_right and len(part) == 2  # noqa: PLR2004 - a budget and an objective
+        if not is_right:
+            names = " or ".join(_KINDS_CALLED.get(one, one.__name__) for one in kind if one is not UnsetType)
+            raise UnstorableError(
+                f"the {_CALLED[name]} of a job cannot be stored: it should be {names}, not {part!r:.80}"
+            )
+
+
+_NONE: Final = type(None)
+_KINDS_CALLED: Final = {_NONE: "None", Mapping: "dict"}
+_STATUSES: Final = range(-(2**31), 2**31)
+_CHANGE_KINDS: Final[dict[str, tuple[type, ...]]] = {
+    "status": (int, UnsetType),
+    "args": (tuple, list, _NONE, UnsetType),
+    "kwargs": (Mapping, _NONE, UnsetType),
+    "error": (JobError, _NONE, UnsetType),
+    "metadata": (Mapping, _NONE),
+    "intermediate": (tuple, list, _NONE),
+    "extra": (Mapping, _NONE),
+}
+_RECORD_KINDS: Final[dict[str, tuple[type, ...]]] = {
+    "status": (int,),
+    "args": (tuple, list, _NONE),
+    "kwargs": (Mapping, _NONE),
+    "error": (JobError, _NONE),
+    "metadata": (Mapping, _NONE),
+    "budgets": (list, _NONE),
+    "objectives": (list, _NONE),
+    "function": (str, _NONE),
+    "owner": (str, _NONE),
+    "attempts": (int,),
+    "is_private": (bool,),
+    "extra": (Mapping, _NONE),
+}
+_head_of: Final = attrgetter("status", "function", "owner", "attempts", "is_private", "budgets")
+_KINDS_OF_HEAD: Final = frozenset(
+    (int, function, owner, int, bool, _NONE) for function in (str, _NONE) for owner in (str, _NONE)
+)
+
+
 class _StoredRecord(msgspec.Struct, gc=False):
     """A :class:`JobRecord` as it is read: what may be written as an extension type is looked at once it is read."""
 
@@ -380,6 +443,8 @@ _CALLED: Final = {
     "budgets": "budget",
     "objectives": "intermediate objective",
     "intermediate": "intermediate result",
+    "attempts": "number of attempts",
+    "is_private": "mark of privacy",
     "function": "name of the run-function",
     "owner": "owner",
     "extra": "extra value",
@@ -396,7 +461,9 @@ _ABSENT: Final[dict[str, Any]] = {
     "extra": None,
 }
 """The fields of a change that are stored, and what they are where they say nothing."""
-_PARTS: Final = [name for name in _CALLED if name in JobRecord.__struct_fields__]
+_PARTS: Final = [
+    name for name in _CALLED if name in JobRecord.__struct_fields__ and name not in {"attempts", "is_private"}
+]
 _parts_of: Final[Callable[[JobRecord], tuple[Any, ...]]] = attrgetter(*_PARTS)
 
 

@@ -16,15 +16,40 @@ __all__ = ["MemoryStorage"]
 
 
 class _Search:
-    """One search. ``records`` is ordered by last change: a changed record moves to the end."""
+    """One search. ``records`` is ordered by last change: a changed record moves to the end.
 
-    __slots__ = ("next_number", "records", "revision", "values")
+    ``notes`` is metadata that others than the job's evaluator have stored. They are kept apart, as the dict in the
+    record is the job's own.
+    """
+
+    __slots__ = ("next_number", "notes", "records", "revision", "values")
 
     def __init__(self) -> None:
         self.next_number = 0
         self.revision = 0
         self.records: dict[str, JobRecord] = {}
+        self.notes: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Any] = {}
+
+    def note(self, metadata: dict[str, Any], change: JobChange, record: JobRecord) -> None:
+        """Apply a change that has metadata."""
+        if metadata is record.metadata:  # it may have changed: what is in it now is newer than the notes
+            notes = self.notes.get(record.id, {})
+            for key in metadata.keys() & notes.keys():
+                del notes[key]
+        elif record.metadata is not None:
+            self.notes.setdefault(record.id, {}).update(metadata)
+            change = msgspec.structs.replace(change, metadata=None)
+        change.apply_to(record)
+
+    def copy(self, record: JobRecord) -> JobRecord:
+        """Give a record as it is now, to whoever may change what they get."""
+        copied = msgspec.structs.replace(record)
+        if record.metadata is not None:
+            copied.metadata = {**record.metadata, **self.notes.get(record.id, {})}
+        if record.budgets is not None and record.objectives is not None:
+            copied.budgets, copied.objectives = list(record.budgets), list(record.objectives)
+        return copied
 
     def touch(self, record: JobRecord) -> None:
         """Note that a record has changed."""
@@ -36,7 +61,8 @@ class _Search:
 class MemoryStorage(Storage):
     """Keeps everything in the memory of this process; evaluators of the same process may share it.
 
-    What it is given is kept by reference, and what it gives is a copy of the record around the same objects.
+    What it is given is kept by reference, and what it gives is a copy of the record around the same objects. So what a
+    job notes in its metadata is in the record at once; but what is stored as metadata does not show in the job.
     """
 
     by_reference = True
@@ -87,7 +113,11 @@ class MemoryStorage(Storage):
                 by = change.by
                 if by is not None and by != record.owner:
                     continue
-                change.apply_to(record)
+                metadata = change.metadata
+                if metadata is None or (metadata is record.metadata and not search.notes):  # nearly always
+                    change.apply_to(record)
+                else:
+                    search.note(metadata, change, record)
                 search.revision = record.revision = search.revision + 1  # as touch() does, for each job twice
                 records = search.records
                 del records[record.id]
@@ -95,7 +125,7 @@ class MemoryStorage(Storage):
 
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
         with self._lock:
-            return [_copy(self._find(job_id)[1]) for job_id in job_ids]
+            return [search.copy(record) for search, record in map(self._find, job_ids)]
 
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
         with self._lock:
@@ -104,7 +134,7 @@ class MemoryStorage(Storage):
             for record in reversed(search.records.values()):
                 if record.revision <= since:
                     break
-                changed.append(_copy(record))
+                changed.append(search.copy(record))
             changed.reverse()
             return changed, search.revision
 
@@ -156,12 +186,3 @@ class MemoryStorage(Storage):
         if record is None:
             raise UnknownIdError(f"no job {job_id!r} in this storage")
         return search, record
-
-
-def _copy(record: JobRecord) -> JobRecord:
-    copied = msgspec.structs.replace(record)
-    if record.metadata is not None:
-        copied.metadata = dict(record.metadata)
-    if record.budgets is not None and record.objectives is not None:
-        copied.budgets, copied.objectives = list(record.budgets), list(record.objectives)
-    return copied

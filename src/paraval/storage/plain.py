@@ -160,11 +160,10 @@ class Plain:
             plain = dict(pairs)
             if len(plain) == len(pairs) and not (self._canonical and any(type(key) is not str for key in plain)):
                 return plain
-        encoded = {self._encode(key) for key, _ in pairs}
-        if len(encoded) < len(pairs) or any(type(key) is dict for key, _ in pairs):
+        if not _can_be_keys([self._encode(key) for key, _ in pairs]):
             raise UnstorableError(
                 f"the {self._what} cannot be stored: keys of {_written(place)} that differ here would be the same in "
-                "the store, or be dicts there; take numbers or texts for keys"
+                "the store, or could be none there; take numbers or texts for keys"
             )
         if self._canonical:
             pairs.sort(key=lambda pair: self._encode(pair[0]))
@@ -213,6 +212,14 @@ def read_ext(code: int, data: memoryview) -> Any:
 
 def _hashable(key: Any) -> Any:
     return tuple(_hashable(item) for item in key) if isinstance(key, list) else key
+
+
+def _can_be_keys(encoded: list[bytes]) -> bool:
+    """Whether they are keys, each another, when they are read."""
+    try:
+        return len({_hashable(_pairs_decoder.decode(key)) for key in encoded}) == len(encoded)
+    except TypeError:
+        return False
 
 
 _pairs_decoder: Final = msgspec.msgpack.Decoder(ext_hook=read_ext)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from paraval.job import HPOJob, Job
 from paraval.outcome import JobError, Outcome
 
 __all__ = ["JobChange", "JobRecord", "adopt"]
@@ -57,15 +58,21 @@ class JobRecord(msgspec.Struct, gc=False, omit_defaults=True):
         """What became of the job, where it has ended."""
         return Outcome(self.out, self.error, cancelled=self.status == _CANCELLED)
 
+    def outcome_for(self, job_class: type[Job]) -> Outcome:
+        """Give what became of a job of this class: its several objectives are a tuple, which stores keep as a list."""
+        if issubclass(job_class, HPOJob) and type(self.out) is list:
+            return self.outcome._replace(value=tuple(self.out))
+        return self.outcome
+
     def as_dict(self) -> dict[str, Any]:
         """Give the record the form that ``load_job`` has in the reference system."""
         return {
+            **(self.extra or {}),  # first: what is stored under a name of the record's own must not hide that
             "status": self.status,
             "in": None if self.args is None and self.kwargs is None else {"args": self.args, "kwargs": self.kwargs},
             "out": self.out,
             "metadata": dict(self.metadata or ()),
             "intermediate": {"budget": list(self.budgets or ()), "objective": list(self.objectives or ())},
-            **(self.extra or {}),
         }
 
 

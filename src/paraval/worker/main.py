@@ -40,7 +40,7 @@ from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
-__all__ = ["Sealed", "Setup", "main"]
+__all__ = ["Sealed", "Setup", "exit_fork", "is_one_of", "main"]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
@@ -268,9 +268,9 @@ class Worker:
                 exit_fork(exc)
             self._end_calls()
             error = error_from_exception(exc)
-            return (*error, isinstance(exc, self._retry_on)), None
+            return (*error, is_one_of(exc, self._retry_on)), None
         if os.getpid() != self._pid:
-            os._exit(0)  # the job forked, and its child came back too: there is one worker on this socket
+            exit_fork(None)  # the job forked, and its child came back too: there is one worker on this socket
         self._end_calls()
         if is_plain(value):
             return None, value
@@ -382,9 +382,14 @@ def _write(fd: int, view: memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def exit_fork(exc: BaseException) -> NoReturn:
-    """End a process that a job forked and that comes back with an exception; with the exit code of ``sys.exit``."""
-    code = exc.code if isinstance(exc, SystemExit) else 1
+def is_one_of(exc: BaseException, types: tuple[type[BaseException], ...]) -> bool:
+    """Whether ``except types`` would catch it: unlike ``isinstance``, that asks no metaclass, which might raise."""
+    return any(base is one for base in type(exc).__mro__ for one in types)
+
+
+def exit_fork(exc: BaseException | None) -> NoReturn:
+    """End a process that a job forked and that comes back, maybe with an exception; with ``sys.exit``'s exit code."""
+    code = exc.code if isinstance(exc, SystemExit) else int(exc is not None)
     if code is not None and not isinstance(code, int):
         sys.stderr.write(f"{code}\n")
         code = 1

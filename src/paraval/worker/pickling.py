@@ -7,12 +7,24 @@ value, with cloudpickle.
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any, Final
 
-__all__ = ["PicklingFailed", "dumps", "dumps_together", "explain", "is_plain"]
+__all__ = [
+    "PicklingFailed",
+    "PiecewisePickler",
+    "TooLargeError",
+    "dumps",
+    "dumps_together",
+    "explain",
+    "is_plain",
+    "loads_in_pieces",
+]
 
 _PROTOCOL: Final = 5
+_PIECE: Final = 1 << 20
+_MANY: Final = 1000
 _PLAIN: Final = frozenset({int, float, str, bool, type(None)})
 
 
@@ -20,12 +32,16 @@ class PicklingFailed(Exception):  # noqa: N818 - never shown: its message become
     """A value cannot be sent; the message is a path to the object that is to blame."""
 
 
+class TooLargeError(Exception):
+    """A value takes more bytes than it may."""
+
+
 def is_plain(value: Any) -> bool:
-    """Whether a value is a scalar or a dict of scalars: such values cannot fail to be sent, nor share anything."""
+    """Whether a value is a scalar or a small dict of scalars: it cannot fail to be sent, nor share anything."""
     kind = type(value)
     if kind in _PLAIN:
         return True
-    if kind is not dict:
+    if kind is not dict or len(value) > _MANY:
         return False
     for key, item in value.items():  # noqa: SIM110 - a generator would cost twice as much, for each job
         if type(item) not in _PLAIN or type(key) not in _PLAIN:
@@ -56,6 +72,121 @@ def dumps(value: Any, name: str) -> bytes:
     except BaseException as exc:  # users' code, which may even call sys.exit
         raise PicklingFailed(explain(value, name, exc)) from exc
     return bytes(data)
+
+
+class PiecewisePickler:
+    """Pickles one value after the other so that other threads can run meanwhile, and no further than to a limit.
+
+    The pickler lets nobody else run but where it calls Python: so each piece of 64 KiB is given to a function here. It
+    is made once, as that takes as long as to pickle something small. Not for two threads at a time.
+    """
+
+    def __init__(self) -> None:
+        self._pieces = _Pieces()
+        self._pickler = pickle.Pickler(self._pieces, _PROTOCOL)
+
+    def dumps(self, value: Any, name: str, most: float = math.inf) -> bytes:
+        """Pickle a value as the function of that name does.
+
+        Args:
+            value: anything.
+            name: what it is called in the message.
+            most: how many bytes it may take.
+
+        Raises:
+            PicklingFailed: it cannot be pickled.
+            TooLargeError: it takes more bytes.
+        """
+        pieces = self._pieces
+        pieces.begin(most)
+        try:
+            self._pickler.dump(value)
+            data = pieces.joined()
+            if not _names_main(data):
+                return data
+        except TooLargeError:
+            raise
+        except BaseException:  # noqa: BLE001, S110 - as in dumps
+            pass
+        finally:
+            self._pickler.clear_memo()
+        import cloudpickle  # as above
+
+        pieces.begin(most)
+        try:
+            cloudpickle.Pickler(pieces, _PROTOCOL).dump(value)
+        except TooLargeError:
+            raise
+        except BaseException as exc:  # as above
+            raise PicklingFailed(explain(value, name, exc)) from exc
+        return pieces.joined()
+
+
+def loads_in_pieces(data: bytes | memoryview) -> Any:
+    """Unpickle a value of our own or of our own worker, so that other threads can run meanwhile."""
+    return pickle.Unpickler(_Source(memoryview(data))).load()  # noqa: S301 - see above
+
+
+class _Pieces:
+    """What a pickler has written."""
+
+    __slots__ = ("_pieces", "_room")
+
+    def begin(self, room: float) -> None:
+        self._pieces: list[bytes] = []
+        self._room = room
+
+    def write(self, data: bytes | bytearray | memoryview | pickle.PickleBuffer) -> None:
+        if type(data) is not bytes:  # the memory of a large object, which may be another's soon
+            self._write_memory(data.raw() if isinstance(data, pickle.PickleBuffer) else memoryview(data).cast("B"))
+            return
+        self._room -= len(data)
+        if self._room < 0:
+            raise TooLargeError
+        self._pieces.append(data)
+
+    def _write_memory(self, view: memoryview) -> None:
+        self._room -= len(view)
+        if self._room < 0:
+            raise TooLargeError
+        self._pieces += [bytes(view[begin : begin + _PIECE]) for begin in range(0, len(view), _PIECE)]
+
+    def joined(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _names_main(data: bytes) -> bool:
+    if len(data) <= _PIECE:
+        return b"__main__" in data
+    windows = range(0, len(data), _PIECE)
+    return any(data.find(b"__main__", begin, begin + _PIECE + 8) >= 0 for begin in windows)
+
+
+class _Source:
+    """What an unpickler reads."""
+
+    __slots__ = ("_at", "_view")
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._at = 0
+
+    def read(self, size: int) -> bytes:
+        data = bytes(self._view[self._at : self._at + size])
+        self._at += len(data)
+        return data
+
+    def readline(self) -> bytes:
+        raise pickle.UnpicklingError("this protocol has no lines")
+
+    def readinto(self, target: memoryview) -> int:
+        size = len(target)
+        for begin in range(0, size, _PIECE):
+            end = min(begin + _PIECE, size)
+            target[begin:end] = self._view[self._at + begin : self._at + end]
+        self._at += size
+        return size
 
 
 def dumps_together(parts: dict[str, Any]) -> bytes:

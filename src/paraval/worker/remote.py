@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
-from paraval.worker.board import Board
-from paraval.worker.main import Sealed, _flush_output, exit_fork, main
+from paraval.worker.board import Address, BoardOfWorker
+from paraval.worker.main import Sealed, _flush_output, exit_fork, is_one_of, main
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ class Program(NamedTuple):
     """What is the same for many calls.
 
     Attributes:
-        function: the pickled run-function.
-        kwargs: its static keyword arguments, pickled.
-        stopper: pickled; copied for each job.
+        parts: three things, pickled together: the run-function; its static keyword arguments; the stopper, which is
+            copied for each job.
         is_async: whether calling the run-function gives a coroutine.
         retry_on: pickled tuple of exception types.
         storage: pickled, where it is the same store in any process of the driver's machine; else None.
@@ -47,9 +46,7 @@ class Program(NamedTuple):
         kill_grace: seconds between asking a job to stop and the strongest means.
     """
 
-    function: bytes
-    kwargs: bytes
-    stopper: bytes
+    parts: bytes
     is_async: bool
     retry_on: bytes
     storage: bytes | None
@@ -99,12 +96,12 @@ class _Loaded:
     """A program, unpickled: all of it is from our own driver."""
 
     def __init__(self, program: Program) -> None:
-        load = pickle.loads
-        self.function: Any = load(program.function)
-        self.kwargs: dict[str, Any] = load(program.kwargs)
-        self.stopper: Any = load(program.stopper)
+        self.function: Any
+        self.kwargs: dict[str, Any]
+        self.stopper: Any
+        self.function, self.kwargs, self.stopper = pickle.loads(program.parts)  # noqa: S301 - see above
         self.is_async = program.is_async
-        self.retry_on: tuple[type[BaseException], ...] = load(program.retry_on)
+        self.retry_on: tuple[type[BaseException], ...] = pickle.loads(program.retry_on)  # noqa: S301 - likewise
         self.context = JobContext(origin=program.origin, kill_grace=program.kill_grace)
         self._pickled_storage = program.storage
         self._storage: Storage | None = None
@@ -125,7 +122,7 @@ def run_jobs(
     token: str,
     program: Program | None,
     jobs: list[tuple[str, Any]],
-    board_path: str,
+    address: Address,
     number: int,  # noqa: ARG001 - its being there is what it is for
 ) -> Report | None:
     """Run jobs one after the other.
@@ -134,7 +131,7 @@ def run_jobs(
         token: names the program.
         program: what to run, or None where this process is believed to know it.
         jobs: ids and arguments, the latter sealed unless they are plain.
-        board_path: the way to be asked to stop, on the same machine.
+        address: of a board, the way to be asked to stop, on the same machine.
         number: of the call among those with the same board. (Of two calls that are alike in everything, such as two
             attempts at a job, dask makes the first only, and answers the second with its result.)
 
@@ -153,7 +150,7 @@ def run_jobs(
         _loaded[token] = loaded
         while len(_loaded) > _MOST_PROGRAMS:  # a worker of a cluster may live long and serve many
             _loaded.pop(next(iter(_loaded)), None)
-    board = _open(board_path)
+    board = _open(address)
     call = _Call(loaded, board)
     try:
         return call.run(jobs)
@@ -184,9 +181,9 @@ def _watch(parent: Any) -> None:
     os._exit(1)
 
 
-def _open(path: str) -> Board | None:
+def _open(address: Address) -> BoardOfWorker | None:
     try:
-        return Board(path)
+        return BoardOfWorker(address)
     except (OSError, ValueError):  # another machine, or a driver that has gone
         return None
 
@@ -196,7 +193,7 @@ class _LiveJob(Job):
 
     __slots__ = ("board", "place")
 
-    board: Board | None
+    board: BoardOfWorker | None
     place: int
 
     @property
@@ -239,7 +236,7 @@ class _StorageOfJob:
 class _Call:
     """One call. Two may run side by side, in threads."""
 
-    def __init__(self, loaded: _Loaded, board: Board | None) -> None:
+    def __init__(self, loaded: _Loaded, board: BoardOfWorker | None) -> None:
         self._loaded = loaded
         self._board = board
         self._runner: Any = None
@@ -282,10 +279,10 @@ class _Call:
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             if os.getpid() != pid:
                 exit_fork(exc)
-            error = (*error_from_exception(exc), isinstance(exc, loaded.retry_on))
+            error = (*error_from_exception(exc), is_one_of(exc, loaded.retry_on))
         finished = time.monotonic()
         if os.getpid() != pid:
-            os._exit(0)  # the job forked, and its child came back too: one of them is enough
+            exit_fork(None)  # the job forked, and its child came back too: one of them is enough
         try:
             if not is_plain(value):
                 value = Sealed(dumps(value, "the result"))

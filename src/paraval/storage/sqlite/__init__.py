@@ -2,7 +2,7 @@
 
 ``storage``: the storage itself. ``database``: one file as this process has it open: whose turn it is, transactions,
 forks. ``opening``: what is at a path, and journal modes. ``layout``: the tables, their versions. ``rows``: the
-statements. ``logs``: what the row of a job holds. ``failures``: SQLite's errors in our words.
+statements. ``entries``: what is written of jobs. ``failures``: SQLite's errors in our words.
 """
 
 from paraval.storage.sqlite.storage import SqliteStorage

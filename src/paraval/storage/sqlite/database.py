@@ -23,6 +23,7 @@ __all__ = ["ClosedError", "Database", "TakenError"]
 
 T = TypeVar("T")
 _Call = Callable[[sqlite3.Connection], T]
+_Check = Callable[[sqlite3.Connection, T], bool]
 _logger = logging.getLogger("paraval")
 
 _SHY_S: Final = 1.0
@@ -44,14 +45,19 @@ class TakenError(StorageError):
 class _Write(Generic[T]):
     """A change that waits for its turn; ``is_over`` once it is committed or has failed."""
 
-    __slots__ = ("_call", "_error", "_result", "is_over")
+    __slots__ = ("_call", "_error", "_is_there", "_result", "is_over")
 
-    def __init__(self, call: _Call[T]) -> None:
+    def __init__(self, call: _Call[T], is_there: _Check[T] | None) -> None:
         self._call = call
+        self._is_there = is_there
         self.is_over = False
 
     def run(self, connection: sqlite3.Connection) -> None:
         self._result = self._call(connection)
+
+    def is_there(self, connection: sqlite3.Connection) -> bool:
+        """Whether what was run is in the file after all; False if nobody can say."""
+        return self._is_there is not None and self._is_there(connection, self._result)
 
     def fail(self, error: Exception) -> None:
         self._error = error
@@ -190,15 +196,21 @@ class Database:
             except SQLITE_ERRORS as exc:
                 raise self._explained(exc) from exc
 
-    def write(self, call: _Call[T]) -> T:
+    def write(self, call: _Call[T], is_there: _Check[T] | None = None) -> T:
         """Call with a connection that is in a transaction; return once all that was written with it is on the disk.
 
         It may be called twice: what was in the same transaction as a call that failed is rolled back and done again.
 
+        Args:
+            call: writes.
+            is_there: takes a connection and what ``call`` gave, and says whether what it wrote is in the file. A commit
+                that failed may have succeeded: where the disk fails in its last step, the file is as it should be.
+                None: it is taken to have failed, which does no harm.
+
         Raises:
             StorageError: it could not be written, and nothing of it was.
         """
-        write = _Write(call)
+        write = _Write(call, is_there)
         self._queue.append(write)
         try:
             with self._lock:
@@ -210,7 +222,7 @@ class Database:
             raise
         return write.result()
 
-    def write_soon(self, call: _Call[T], again: Callable[[T], _Call[object]]) -> T:
+    def write_soon(self, call: _Call[T], again: Callable[[T], _Call[object]], is_there: _Check[T] | None = None) -> T:
         """Call with a connection that is in a transaction; it is committed with what comes next, or by :meth:`flush`.
 
         Whoever calls this calls :meth:`flush` a moment later, when nothing else has come, as others wait meanwhile.
@@ -221,6 +233,7 @@ class Database:
             again: takes what the call gave, and gives a call that does the same with that result unless it is done.
                 It is made in a later transaction if this one is lost, or may be; it raises TakenError, having
                 written nothing, if it cannot.
+            is_there: as for :meth:`write`.
 
         Raises:
             StorageError: it could not be written, and nothing of it was.
@@ -232,7 +245,7 @@ class Database:
                     with contextlib.suppress(StorageError):  # it is tried again before anything else
                         self._keep_promises()
                 return result
-        return self.write(call)
+        return self.write(call, is_there)
 
     def flush(self) -> None:
         """Commit what :meth:`write_soon` left, and keep nobody waiting.
@@ -346,9 +359,12 @@ class Database:
                 write.run(connection)
             is_committing = True
             until_free(lambda: connection.execute("COMMIT"), self._path, patience_s)
-        except SQLITE_ERRORS:
-            begun, is_committing = -1, False
-            raise
+        except SQLITE_ERRORS as exc:
+            begun, may_be_there, is_committing = -1, is_committing, False
+            if not may_be_there or isinstance(exc, LockedError) or not self._are_there(writes):
+                raise
+            for write in writes:  # the promises stay, and are looked at when they are kept
+                write.is_over = True
         finally:
             # Ctrl-C may come between the end of the commit and the next line: then it is committed nevertheless.
             if is_committing and not connection.in_transaction:
@@ -363,8 +379,23 @@ class Database:
             else:
                 self._undo(connection, begun)
 
+    def _are_there(self, writes: list[_Write[Any]]) -> bool:
+        """Look, with a new connection, whether what failed to be committed is in the file after all."""
+        self._disconnect()
+        try:
+            connection = self._connected()
+            connection.execute("BEGIN")
+            return bool(writes) and all(write.is_there(connection) for write in writes)
+        except (*SQLITE_ERRORS, ParavalError):
+            return False
+        finally:
+            if self._connection is not None:
+                self._end(self._connection)
+
     def _undo(self, connection: sqlite3.Connection, begun: int) -> None:
         """Undo what was written since ``begun``; if that is nothing, what was promised before may stay in its place."""
+        if connection is not self._connection:
+            return  # it was closed, which has done so
         if not self._promises or connection.total_changes != begun:
             self._end(connection)
 

@@ -10,8 +10,7 @@ An entry has a checksum, into which goes its place: SQLite itself does not notic
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Container, Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Final, NamedTuple
 from zlib import crc32
 
@@ -135,6 +134,17 @@ class History:
     def __init__(self) -> None:
         self.records: dict[int, JobRecord] = {}
         self.unknown: set[int] = set()
+        self._places = 0
+        self._new = [0, 0, 0, 0]
+
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """What the indexes of all that was gone through should amount to, as :func:`rows.index_sums` gives it.
+
+        The places of changes; and of new jobs how often some were added, the numbers of the first of them, how many
+        they were, the revisions of the last of them.
+        """
+        return (self._places, *self._new)
 
     def take(self, changed: int, revision: int, data: bytes, only: Container[int] | None = None) -> int:
         """Go through an entry.
@@ -152,9 +162,16 @@ class History:
             DamageError: it is not as it was written.
         """
         kind, numbers, items = _opened(changed, data)
+        if isinstance(numbers, list):
+            some = set(numbers)
+            self._places += 3 * sum(some) + len(some) * revision
+        else:
+            self._new = [
+                known + new for known, new in zip(self._new, (1, numbers.start, len(items), revision), strict=True)
+            ]
         revision -= len(items)
         records = self.records
-        for number, item in zip(numbers, items, strict=kind != _NEW):
+        for number, item in zip(numbers, items, strict=True):
             revision += 1
             if only is not None and number not in only:
                 continue
@@ -172,7 +189,7 @@ class History:
         return len(items)
 
 
-def _opened(changed: int, data: bytes) -> tuple[int, Iterator[int] | list[int], list[Any]]:
+def _opened(changed: int, data: bytes) -> tuple[int, range | list[int], list[Any]]:
     if type(data) is not bytes:  # a column of SQLite may hold anything
         raise DamageError(f"an entry holds {data!r:.80} in place of bytes")
     if len(data) < _HEAD.size:
@@ -183,7 +200,8 @@ def _opened(changed: int, data: bytes) -> tuple[int, Iterator[int] | list[int], 
         raise DamageError("the checksum of an entry is wrong")
     try:
         if kind == _NEW:
-            return kind, count(first), decode_records(payload)[1]
+            _, records = decode_records(payload)
+            return kind, range(first, first + len(records)), records
         if kind == _ENDS:
             return kind, *decode_ends(payload)
         if kind == _CHANGES:

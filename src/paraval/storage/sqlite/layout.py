@@ -20,9 +20,9 @@ SCHEMA: Final = (
     # 1. All that is known of jobs is in ``entries``, to which is only ever added; entries.py reads them. ``changed`` is
     # the search times 2**40 plus the revision of the entry's last change; those of its other changes come before. A job
     # is the search times 2**40 plus its number. ``new_jobs`` says in which entry so many jobs, from the first on, were
-    # made, and who by; ``places`` in which entries else a job is changed, and ``sums`` a sum over those of 64 jobs, by
-    # which is seen when one is missing; ``adopted`` says to whom a job was given since. The last entry and the last new
-    # job say what comes next, so there is no counter to keep in step.
+    # made, and who by (``seal`` is a checksum of that); ``places`` in which entries else a job is changed, and ``sums``
+    # is a sum over those of 64 jobs, by which is seen when one is missing; ``adopted`` says to whom a job was given
+    # since. The last entry and the last new job say what comes next, so there is no counter to keep in step.
     (
         "CREATE TABLE searches (id INTEGER PRIMARY KEY)",
         (
@@ -32,7 +32,7 @@ SCHEMA: Final = (
         "CREATE TABLE entries (changed INTEGER PRIMARY KEY, data BLOB NOT NULL)",
         (
             "CREATE TABLE new_jobs (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, owner TEXT,"
-            " changed INTEGER NOT NULL)"
+            " changed INTEGER NOT NULL, seal INTEGER NOT NULL)"
         ),
         (
             "CREATE TABLE places (job INTEGER NOT NULL, changed INTEGER NOT NULL, PRIMARY KEY (job, changed))"

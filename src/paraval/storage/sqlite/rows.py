@@ -8,8 +8,10 @@ lock for each step of a statement: with a step for each row, it waits for the tu
 from __future__ import annotations
 
 import sqlite3
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
+from zlib import crc32
 
 import msgspec
 
@@ -25,6 +27,7 @@ __all__ = [
     "checked",
     "entries_of",
     "entries_since",
+    "index_sums",
     "job_id",
     "note_adopted",
     "numbers_in_one_search",
@@ -52,9 +55,11 @@ _FEW: Final = 10
 
 _SEARCH: Final = """
 SELECT
-    (SELECT first + count FROM new_jobs WHERE first BETWEEN :first AND :last ORDER BY first DESC LIMIT 1),
-    (SELECT changed FROM entries WHERE changed BETWEEN :first AND :last ORDER BY changed DESC LIMIT 1)
-FROM searches WHERE id = :search
+    (SELECT changed FROM entries WHERE changed BETWEEN :first AND :last ORDER BY changed DESC LIMIT 1), latest.*
+FROM searches LEFT JOIN (
+    SELECT first, count, owner, changed, seal FROM new_jobs
+    WHERE first BETWEEN :first AND :last ORDER BY first DESC LIMIT 1
+) AS latest WHERE id = :search
 """
 _ADD_ENTRIES: Final = """
 INSERT INTO entries
@@ -65,7 +70,8 @@ FROM json_each(:where)
 _ADD_JOBS: Final = """
 INSERT INTO new_jobs
 SELECT
-    :row + json_extract(value, '$[0]'), json_extract(value, '$[1]'), :owner, :before + json_extract(value, '$[2]')
+    json_extract(value, '$[0]'), json_extract(value, '$[1]'), :owner, json_extract(value, '$[2]'),
+    json_extract(value, '$[3]')
 FROM json_each(:where)
 """
 _MADE: Final = "(SELECT {} FROM new_jobs WHERE first <= {} ORDER BY first DESC LIMIT 1)"
@@ -107,6 +113,12 @@ SELECT EXISTS (
     )
 )
 """  # noqa: S608 - likewise
+_SUMS: Final = f"""
+SELECT
+    (SELECT ifnull(sum(places), 0) FROM sums WHERE jobs BETWEEN :first >> {_BITS_OF_SUM} AND :last >> {_BITS_OF_SUM}),
+    count(*), ifnull(sum(first & {_MOST}), 0), ifnull(sum(count), 0), ifnull(sum(changed & {_MOST}), 0)
+FROM new_jobs WHERE first BETWEEN :first AND :last
+"""  # noqa: S608 - likewise
 _AT: Final = "SELECT changed, data FROM entries WHERE changed IN (SELECT value FROM json_each(?)) ORDER BY changed"
 
 
@@ -130,7 +142,11 @@ class Search(NamedTuple):
         Raises:
             UnknownIdError: there is none of this id.
         """
-        number = int(search_id) if search_id.isdecimal() and len(search_id) < _DIGITS else _SEARCHES
+        number = (
+            int(search_id)
+            if isinstance(search_id, str) and search_id.isdecimal() and len(search_id) < _DIGITS
+            else _SEARCHES
+        )
         found = None
         if number < _SEARCHES and str(number) == search_id:
             first = number << _BITS
@@ -139,13 +155,14 @@ class Search(NamedTuple):
             known = search_ids(connection)
             there = str(known or "none") if len(known) <= _FEW else f"{len(known)}, from '0' on"
             raise UnknownIdError(f"no search {search_id!r:.80} in this storage; it has {there}")
-        next_job, last_change = found
-        first = number << _BITS
-        return cls(
-            number,
-            first if next_job is None else checked(next_job, int),
-            first if last_change is None else last_change,
-        )
+        last_change, *latest = found
+        first = next_job = number << _BITS
+        if latest[0] is not None:
+            next_job, count, _, _, seal = latest
+            if seal != _seal_of(*latest[:-1]):
+                raise DamageError(f"what it says of the latest jobs of search {search_id!r} is not what was written")
+            next_job += count
+        return cls(number, next_job, first if last_change is None else last_change)
 
     @property
     def first(self) -> int:
@@ -195,6 +212,8 @@ def search_ids(connection: sqlite3.Connection) -> list[str]:
 
 def numbers_in_one_search(job_ids: Sequence[str]) -> tuple[int, list[int]] | None:
     """Give the number of their search and those of the jobs, if they are all of one: in few steps for any number."""
+    if set(map(type, job_ids)) != {str}:
+        return None
     search, dot, _ = job_ids[0].partition(".")
     begin = len(search) + 1
     digits = [job_id[begin:] for job_id in job_ids]
@@ -214,6 +233,8 @@ def numbers_of(job_id: str) -> tuple[int, int]:
     Raises:
         UnknownIdError: there can be no such job.
     """
+    if not isinstance(job_id, str):
+        raise UnknownIdError(f"{job_id!r} is no job id: it should be a text like '0.12' (search, dot, number)")
     search_id, dot, digits = job_id.rpartition(".")
     try:
         search, number = int(search_id), int(digits)
@@ -234,10 +255,11 @@ def add_jobs(connection: sqlite3.Connection, search: Search, owner: str | None, 
     for some in _parts(drafts):
         where, end = [], 0
         for draft in some:
-            where.append((end, draft.size, end + draft.size))
-            end += draft.size
-        given = {"row": search.next_job, "before": search.last_change, "owner": owner, "where": _json(where)}
-        connection.execute(_ADD_JOBS, given)
+            first, size = search.next_job + end, draft.size
+            end += size
+            changed = search.last_change + end
+            where.append((first, size, changed, _seal_of(first, size, owner, changed)))
+        connection.execute(_ADD_JOBS, {"owner": owner, "where": _json(where)})
         _add_entries(connection, search, some)
         search = Search(search.number, search.next_job + end, search.last_change + end)
     return search
@@ -283,6 +305,17 @@ def _entries(search: Search, drafts: Sequence[Draft]) -> Iterator[tuple[int, byt
         revision += draft.size
         yield revision, entry(draft, size, search.first + revision)
         size += draft.size
+
+
+def _seal_of(first: int, count: int, owner: str | None, changed: int) -> int:
+    try:
+        numbers = _SEALED.pack(first, count, changed)
+        return crc32(b"" if owner is None else b"/" + owner.encode("utf-8", "surrogatepass"), crc32(numbers))
+    except (struct.error, AttributeError):  # a column of SQLite may hold anything
+        return -1
+
+
+_SEALED: Final = struct.Struct(">QQQ")
 
 
 def note_adopted(connection: sqlite3.Connection, search: Search, numbers: Sequence[int], owner: str) -> None:
@@ -347,6 +380,13 @@ def entries_of(connection: sqlite3.Connection, search: Search, numbers: Sequence
     if lacks_places:
         raise DamageError("what it says of where jobs were changed is not what was written")
     return found
+
+
+def index_sums(connection: sqlite3.Connection, search: Search) -> tuple[int, ...]:
+    """Give sums over all that the indexes say of a search: as :attr:`History.sums` is when they are whole."""
+    given = {"first": search.first, "last": search.first + _MOST}
+    (sums,) = connection.execute(_SUMS, given).fetchall()
+    return tuple(sums)
 
 
 def _found(search: Search, rows: sqlite3.Cursor) -> list[Found]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sqlite3
 import threading
@@ -19,7 +20,7 @@ from paraval.storage.base import Storage, UnknownIdError
 from paraval.storage.records import JobChange, JobRecord, adopt
 from paraval.storage.sqlite import entries, rows
 from paraval.storage.sqlite.database import ClosedError, Database, TakenError
-from paraval.storage.sqlite.entries import DamageError, History, sealed, unsealed
+from paraval.storage.sqlite.entries import DamageError, Draft, History, sealed, unsealed
 from paraval.storage.sqlite.rows import Found, Search
 
 __all__ = ["SqliteStorage"]
@@ -142,7 +143,7 @@ class SqliteStorage(Storage):
 
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         new = _New(search_id, records)
-        new.number(records, self._write(new.add))
+        new.number(records, self._write(new.add, new.is_there))
 
     def insert_soon(self, search_id: str, records: Sequence[JobRecord]) -> None:
         """Number new jobs and add them; they are committed with the next change, or by :meth:`flush`.
@@ -151,7 +152,7 @@ class SqliteStorage(Storage):
         """
         new = _New(search_id, records)
         if new.size > _LARGE:
-            new.number(records, self._write(new.add))
+            new.number(records, self._write(new.add, new.is_there))
             return
 
         path, lost = self._path, self._lost  # and not the storage itself, which may be dropped before
@@ -167,7 +168,7 @@ class SqliteStorage(Storage):
 
             return call
 
-        new.number(records, self._do(lambda database: database.write_soon(new.add, again)))
+        new.number(records, self._do(lambda database: database.write_soon(new.add, again, new.is_there)))
 
     def flush(self) -> None:
         database = self._database
@@ -177,17 +178,21 @@ class SqliteStorage(Storage):
     def update(self, changes: Sequence[JobChange]) -> None:
         groups = _grouped(changes)
 
-        def call(connection: sqlite3.Connection) -> None:
+        def call(connection: sqlite3.Connection) -> _Written:
             if self._lost:
                 self._refuse_lost(changes)
             searches = {group.search: Search.look_up(connection, str(group.search)) for group in groups}
             for group in groups:
                 group.check(searches[group.search])
+            written = []
             for group in groups:
-                searches[group.search] = group.write(connection, searches[group.search])
+                before, drafts = searches[group.search], group.drafts_for(connection, searches[group.search])
+                searches[group.search] = rows.change_jobs(connection, before, drafts)
+                written.append((before, drafts))
+            return written
 
         if groups:
-            self._write(call)
+            self._write(call, _is_written)
 
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
         wanted = [rows.numbers_of(job_id) for job_id in job_ids]
@@ -196,6 +201,8 @@ class SqliteStorage(Storage):
             return {key: record for _, some in _find(connection, wanted) for key, record in some.items()}
 
         found = self._read(call)
+        if len(found) < len(wanted):  # who asks twice gets two
+            return [copy.deepcopy(found[key]) for key in wanted]
         return [found[key] for key in wanted]
 
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
@@ -206,7 +213,7 @@ class SqliteStorage(Storage):
         limit = _FIRST_STEP
         while True:
             last = entries[-1].revision if entries else since
-            search, some = self._read(partial(_entries_since, search_id, last, limit))
+            search, some, sums = self._read(partial(_entries_since, search_id, last, limit, since == 0))
             entries += some
             if len(some) < limit:
                 break
@@ -219,8 +226,11 @@ class SqliteStorage(Storage):
         except DamageError as exc:
             raise self._damaged(f"search {search_id!r} cannot be read: {exc}") from exc
         records = history.records
-        if len(records) != search.size and since == 0:
-            raise self._damaged(f"of the {search.size} jobs of search {search_id!r}, {len(records)} are there")
+        if since == 0:
+            if len(records) != search.size:
+                raise self._damaged(f"of the {search.size} jobs of search {search_id!r}, {len(records)} are there")
+            if history.sums != sums:
+                raise self._damaged(f"search {search_id!r} lacks changes, or its indexes do")
         for number, record in records.items():
             record.id = rows.job_id(search, number)
         return [record for record in records.values() if record.revision > since], search.revision
@@ -246,8 +256,8 @@ class SqliteStorage(Storage):
     def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
         wanted = {rows.numbers_of(job_id): (job_id, revision) for job_id, revision in revisions.items()}
 
-        def call(connection: sqlite3.Connection) -> set[str]:
-            adopted = set()
+        def call(connection: sqlite3.Connection) -> tuple[_Written, set[str]]:
+            written, adopted = [], set()
             for search, found in _find(connection, list(wanted)):
                 numbers, records = [], []
                 for key, record in found.items():
@@ -259,19 +269,24 @@ class SqliteStorage(Storage):
                         numbers.append(key[1])
                         records.append(record)
                 if numbers:
-                    rows.change_jobs(connection, search, entries.adoptions(numbers, records))
+                    written.append((search, drafts := entries.adoptions(numbers, records)))
+                    rows.change_jobs(connection, search, drafts)
                     rows.note_adopted(connection, search, numbers, owner)
-            return adopted
+            return written, adopted
 
-        return self._write(call)
+        return self._write(call, lambda connection, result: _is_written(connection, result[0]))[1]
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _read(self, call: Callable[[sqlite3.Connection], T]) -> T:
         return self._do(lambda database: database.read(call))
 
-    def _write(self, call: Callable[[sqlite3.Connection], T]) -> T:
-        return self._do(lambda database: database.write(call))
+    def _write(
+        self,
+        call: Callable[[sqlite3.Connection], T],
+        is_there: Callable[[sqlite3.Connection, T], bool] | None = None,
+    ) -> T:
+        return self._do(lambda database: database.write(call, is_there))
 
     def _do(self, call: Callable[[Database], T]) -> T:
         while True:
@@ -303,6 +318,14 @@ def _taken(path: Path, search: Search, numbers: range) -> TakenError:
         f"{which} could not be saved when the store {str(path)!r} failed, and by now another program has jobs of these "
         "numbers in it: submit anew what you had submitted"
     )
+
+
+_Written = list[tuple[Search, list[Draft]]]
+"""Where searches went on before, and what was written there."""
+
+
+def _is_written(connection: sqlite3.Connection, written: _Written) -> bool:
+    return bool(written) and all(rows.are_there(connection, before, drafts) for before, drafts in written)
 
 
 class _New:
@@ -363,7 +386,8 @@ class _Changes:
         if last >= search.size:
             raise UnknownIdError(f"no job {rows.job_id(search, last)!r} in this storage")
 
-    def write(self, connection: sqlite3.Connection, search: Search) -> Search:
+    def drafts_for(self, connection: sqlite3.Connection, search: Search) -> list[Draft]:
+        """Give what is to be written; what others own by now is left out."""
         drafts, by = self._drafts, self._by
         if by is not None and (others := rows.owned_by_others(connection, search, self._numbers, by)):
             for _, found in _find(connection, [(self.search, number) for number in others]):
@@ -376,7 +400,7 @@ class _Changes:
                 if number not in others
             ]
             drafts = entries.changes([number for number, _ in some], [change for _, change in some])
-        return rows.change_jobs(connection, search, drafts)
+        return drafts
 
 
 def _grouped(changes: Sequence[JobChange]) -> list[_Changes]:
@@ -424,10 +448,12 @@ def _find(
 
 
 def _entries_since(
-    search_id: str, since: int, limit: int, connection: sqlite3.Connection
-) -> tuple[Search, list[Found]]:
+    search_id: str, since: int, limit: int, takes_all: bool, connection: sqlite3.Connection
+) -> tuple[Search, list[Found], tuple[int, ...]]:
     search = Search.look_up(connection, search_id)
-    return search, rows.entries_since(connection, search, since, limit)
+    found = rows.entries_since(connection, search, since, limit)
+    is_last = takes_all and len(found) < limit
+    return search, found, rows.index_sums(connection, search) if is_last else ()
 
 
 def _replayed(

@@ -1,0 +1,143 @@
+"""Arguments on their way to a worker and results on their way back, pickled so that the event loop need not wait.
+
+What is small is pickled at once. What is large is left to a thread, and there done in pieces, as the interpreter's lock
+is not given up within one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import anyio
+
+from paraval.job import Job
+from paraval.loops import call_in_thread
+from paraval.outcome import JobError, Outcome, returned
+from paraval.worker.main import Sealed
+from paraval.worker.pickling import PicklingFailed, PiecewisePickler, TooLargeError, is_plain, loads_in_pieces
+
+__all__ = [
+    "LARGE",
+    "Packer",
+    "Parcel",
+    "is_large",
+    "load",
+    "outcome_of_worker",
+    "unpack",
+    "unpack_frame",
+    "unpicklable",
+]
+
+LARGE: Final = 1 << 18
+"""So many bytes take some 5 ms, if they are small objects."""
+_NAME: Final = "the arguments"
+
+
+class Parcel(NamedTuple):
+    """Jobs as they are sent.
+
+    Attributes:
+        items: their ids and arguments, the latter sealed unless they are plain.
+        failures: the jobs that cannot be sent, and why.
+        is_large: whether it takes a while to copy this.
+    """
+
+    items: list[tuple[str, Any]]
+    failures: Sequence[tuple[Job, PicklingFailed]] = ()
+    is_large: bool = False
+
+
+class Packer:
+    """Makes jobs ready to be sent; for one task at a time."""
+
+    def __init__(self) -> None:
+        self._pickler = PiecewisePickler()
+
+    async def pack(self, jobs: Sequence[Job]) -> Parcel:
+        """Give jobs as they are sent."""
+        items = [(job.id, job.args) for job in jobs if is_plain(job.args)]
+        if len(items) == len(jobs):  # as a rule
+            return Parcel(items)
+        items.clear()
+        failures: list[tuple[Job, PicklingFailed]] = []
+        room = LARGE
+        for place, job in enumerate(jobs):
+            args: Any = job.args
+            if not is_plain(args):
+                try:
+                    args = Sealed(self._pickler.dumps(args, _NAME, room))
+                    room -= len(args.data)
+                except TooLargeError:
+                    rest = await call_in_thread(_pack_slowly, jobs[place:], abandon_on_cancel=True)
+                    return Parcel(items + rest.items, [*failures, *rest.failures], is_large=True)
+                except PicklingFailed as exc:
+                    failures.append((job, exc))
+                    continue
+            items.append((job.id, args))
+        return Parcel(items, failures)
+
+
+def _pack_slowly(jobs: Sequence[Job]) -> Parcel:
+    pickler = PiecewisePickler()  # another, as a thread that is left behind may go on with it
+    items: list[tuple[str, Any]] = []
+    failures: list[tuple[Job, PicklingFailed]] = []
+    for job in jobs:
+        try:
+            items.append((job.id, Sealed(pickler.dumps(job.args, _NAME))))
+        except PicklingFailed as exc:
+            failures.append((job, exc))
+    return Parcel(items, failures)
+
+
+def unpicklable(exc: PicklingFailed) -> JobError:
+    """Say that something cannot be sent."""
+    return JobError("exception", str(exc), type="PicklingError")
+
+
+def is_large(value: Any) -> bool:
+    """Whether a result is to be had from :func:`unpack`, and not from :func:`outcome_of_worker`."""
+    return type(value) is Sealed and len(value.data) >= LARGE
+
+
+def load(data: bytes) -> Any:
+    """Unpickle what our own worker has sent; in pieces, if it is large."""
+    return pickle.loads(data) if len(data) < LARGE else loads_in_pieces(data)  # noqa: S301 - see above
+
+
+async def unpack(value: Any) -> Outcome:
+    """Make the outcome of a large result, which came alone."""
+    with anyio.CancelScope(shield=True):  # the job has ended, and shall be seen to have
+        outcome = await call_in_thread(outcome_of_worker, None, value)
+    return outcome  # noqa: RET504 - to mypy, the scope may swallow what is raised in it
+
+
+async def unpack_frame(data: memoryview) -> tuple[Any, ...]:
+    """Unpickle a large frame, and the results in it: each value is its outcome."""
+    with anyio.CancelScope(shield=True):  # likewise
+        frame = await call_in_thread(_unpack_frame_slowly, data)
+    return frame  # noqa: RET504 - likewise
+
+
+def _unpack_frame_slowly(data: memoryview) -> tuple[Any, ...]:
+    frame: tuple[Any, ...] = loads_in_pieces(data)
+    if frame[0] != "done":
+        return frame
+    return ("done", [(*fields, None, outcome_of_worker(error, value)) for *fields, error, value in frame[1]])
+
+
+def outcome_of_worker(error: tuple[Any, ...] | None, value: Any) -> Outcome:
+    """Make an outcome of what a worker sent: the fields of an error and whether to try again, or a value."""
+    if error is not None:
+        *fields, may_retry = error
+        return Outcome(error=JobError(*fields), may_retry=may_retry)
+    if type(value) is Outcome:
+        return value
+    if type(value) is not Sealed:
+        return returned(value)
+    try:
+        return Outcome(load(value.data))
+    except BaseException as exc:  # noqa: BLE001 - it may need what only the worker has imported, or do anything
+        message = f"the result cannot be unpickled: {type(exc).__name__}: {exc}"
+        return Outcome(error=JobError("exception", message, type="UnpicklingError"))

@@ -1,0 +1,177 @@
+"""Between the queue and the workers: jobs go out in batches, and those that did not end come back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from paraval.backends.base import Batch
+from paraval.engine.attempts import Attempts
+from paraval.engine.batching import BatchSizer
+from paraval.engine.deadlines import Deadlines
+from paraval.engine.queue import JobQueue
+from paraval.engine.recorder import Recorder
+from paraval.engine.settling import Settling
+from paraval.job import Job, JobStatus
+from paraval.loops import Loop
+from paraval.outcome import JobError, Outcome
+
+if TYPE_CHECKING:
+    from paraval.engine.engine import EngineSettings
+    from paraval.engine.worker import Worker
+
+__all__ = ["Dispatch"]
+
+_READY: Final = JobStatus.READY
+_LIMIT_S: Final = 1.0
+"""Where jobs may run for no longer than this, it shall be known soon which one does."""
+
+
+class Dispatch:
+    """What the workers of one engine share. On the engine's loop.
+
+    Attributes:
+        queue: where the workers pull from.
+        settling: where jobs end.
+        last_turn: when a worker last let the loop's other tasks run, on the clock.
+    """
+
+    def __init__(self, settings: EngineSettings, recorder: Recorder, deadlines: Deadlines, loop: Loop) -> None:
+        self._settings = settings
+        self._clock = settings.spec.clock
+        self._ledger = settings.ledger
+        self._recorder = recorder
+        self._deadlines = deadlines
+        self._loop = loop
+        self._sizer = BatchSizer(
+            settings.batching,
+            settings.num_workers,
+            settings.backend.batch_limit,
+            is_far=settings.backend.is_far and (settings.job_timeout or math.inf) > _LIMIT_S,
+        )
+        self._attempts = Attempts(settings.max_attempts)
+        self.queue = JobQueue(loop)
+        self.settling = Settling(
+            recorder, self._attempts, self._try_again, self._clock, loop, job_timeout=settings.job_timeout
+        )
+        self.last_turn = 0.0
+
+    # -- out -----------------------------------------------------------------------------------------------------------
+
+    async def mark(self, job: Job) -> None:
+        """Have it stored that a job that a driver left runs, before it does: it may be what ended that driver."""
+        job._is_adopted = False
+        stored = self._loop.event()
+        if not self._recorder.mark(job, lambda: self._loop.call_soon(stored.set)):
+            await stored.wait()
+
+    def batch_for(self, worker: Worker, first: Job) -> Batch | None:
+        """Make a batch of a job that was pulled and, where jobs are tiny, of some that wait behind it.
+
+        Returns:
+            None when none of them is to run: they were cancelled while they waited, or the storage has failed.
+        """
+        jobs, sizer = self._fill(first), self._sizer
+        in_order = sizer.in_order and len(jobs) > 1
+        if not jobs or not self._note_start(worker, jobs, may_be_tiny=not in_order):
+            return None
+        return Batch(jobs, self._clock, worker.progress, in_order=in_order, hold_s=sizer.hold_s)
+
+    def _fill(self, first: Job) -> list[Job]:
+        size = self._sizer.next_size(len(self.queue) + 1) if self._settings.execute is None else 1
+        jobs = [first] if size == 1 or self._attempts.is_suspect(first) else [first, *self.queue.pull_many(size - 1)]
+        if self._attempts or self._settings.resumes:
+            is_suspect = self._attempts.is_suspect
+            alone = next((it for it, job in enumerate(jobs) if it and (job._is_adopted or is_suspect(job))), None)
+            if alone is not None:
+                self.queue.put_back(jobs[alone:])
+                del jobs[alone:]
+        return [job for job in jobs if job._status is _READY]  # the others were cancelled while they waited
+
+    def _note_start(self, worker: Worker, jobs: list[Job], *, may_be_tiny: bool) -> bool:
+        self._ledger.started(len(jobs))
+        holders = self.settling.holders
+        for job in jobs:
+            holders[job.id] = worker
+        # The tiny jobs of a batch are spared the write, unless one turns out not to be tiny.
+        if (len(jobs) > 1 and may_be_tiny) or self._recorder.note_running(jobs[0]):
+            return True
+        for job in jobs:  # they do not run: they wait for the end, which settles them
+            holders.pop(job.id, None)
+        self._ledger.started(-len(jobs))
+        return False
+
+    # -- back ----------------------------------------------------------------------------------------------------------
+
+    def progress(self, batch: Batch) -> None:
+        """Take what a batch that runs has to hand in: jobs that ended, jobs for other workers."""
+        self.settling.settle(batch.collect())
+        self._give_back(batch.reclaim())
+        if batch.current is not None and len(batch) > 1:
+            self._recorder.note_running(batch.current)  # it was thought to be tiny
+
+    def put_away(self, batch: Batch) -> None:
+        """Take back what a batch that is through has left, and learn from it. Its outcomes are still to collect."""
+        self._give_back(batch.reclaim())
+        if not batch.was_cut:
+            self._sizer.learn(len(batch), self._clock() - batch.created)
+
+    def take_back(self, batch: Batch) -> None:
+        """Take back, from a batch that goes on or will, the jobs that its worker has not begun."""
+        self._give_back(batch.reclaim())
+
+    def blame(self, batch: Batch, error: JobError, *, alone: bool = True) -> None:
+        """After the death of a worker: its only job is to blame. Of several, any may be: each is run alone."""
+        batch.was_cut = True
+        self.settling.settle(batch.collect())
+        jobs = batch.in_hand
+        if jobs and alone and (len(jobs) == 1 or batch.in_order):
+            self.settling.settle([(jobs[0], Outcome(error=error, may_retry=True), self._clock())])
+            self._give_back(jobs[1:])  # which it had not begun
+        else:
+            self._attempts.suspect(jobs)
+            self._give_back(jobs)
+
+    def break_off(self, batch: Batch) -> None:
+        """After an interrupted batch: settle what was to be stopped, take the others back."""
+        settling, now = self.settling, self._clock()
+        settling.settle(batch.collect())
+        in_hand, reasons = batch.in_hand, settling.reasons
+        stopped = [(job, Outcome(error=reasons[job.id], cancelled=True), now) for job in in_hand if job.id in reasons]
+        others = [job for job in in_hand if job.id not in reasons]
+        if self._settings.backend.cancellation == "cooperative":
+            for job, _, _ in stopped:  # a call that nothing can end goes on, and keeps its slot
+                settling.give_up(job, now)
+        settling.settle(stopped)
+        self._attempts.suspect(others)  # the worker was killed, and not for what is known of them
+        self._give_back(batch.reclaim() + others)
+
+    def _give_back(self, jobs: Sequence[Job]) -> None:
+        settling = self.settling
+        jobs = [job for job in jobs if job.id in settling.open]  # the others were settled meanwhile: given up, say
+        if not jobs:
+            return
+        self._ledger.started(-len(jobs))
+        for job in jobs:
+            settling.holders.pop(job.id, None)
+            job._started, job._status = None, JobStatus.READY
+        if self._recorder.closing:  # they were settled, or will be
+            return
+        reasons, now = settling.reasons, self._clock()
+        stopped = [job for job in jobs if job.id in reasons]  # given back by a worker that was being stopped
+        if stopped:
+            jobs = [job for job in jobs if job.id not in reasons]
+            settling.settle([(job, Outcome(error=reasons[job.id], cancelled=True), now) for job in stopped])
+        self.queue.put_back(jobs)
+
+    # -- once more -----------------------------------------------------------------------------------------------------
+
+    def _try_again(self, job: Job, pause: float) -> None:
+        job._started, job._status = None, JobStatus.READY
+        self._ledger.started(-1)  # from now on it waits, first for its time and then for a worker
+        self._deadlines.add(self._clock() + pause, lambda _now: self._requeue(job))
+
+    def _requeue(self, job: Job) -> None:
+        if job.id in self.settling.open and job.id not in self.settling.holders:
+            self.queue.put_back([job])

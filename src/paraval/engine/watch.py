@@ -1,0 +1,96 @@
+"""Looking after the batches that run: jobs that take too long are stopped, and hold up no other."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from paraval.backends.base import Batch
+from paraval.engine.batching import STALL_S
+from paraval.engine.deadlines import Deadlines
+from paraval.engine.dispatch import Dispatch
+from paraval.engine.settling import out_of_time
+from paraval.job import Job, JobStatus
+from paraval.outcome import JobError
+
+if TYPE_CHECKING:
+    from paraval.engine.engine import EngineSettings
+    from paraval.engine.worker import Worker
+
+__all__ = ["MARGIN_S", "Watch"]
+
+MARGIN_S: Final = 0.4
+"""How long after the grace a job may take to be seen ended before it is given up."""
+
+
+class Watch:
+    """Over all workers of one engine. On the engine's loop.
+
+    Args:
+        settings: the time that a job may take.
+        dispatch: where jobs go that a stalled batch has not begun.
+        deadlines: calls it when there is something to look at.
+    """
+
+    def __init__(self, settings: EngineSettings, dispatch: Dispatch, deadlines: Deadlines) -> None:
+        self._limit = settings.job_timeout
+        self._spec = settings.spec
+        self._clock = settings.spec.clock
+        self._dispatch = dispatch
+        self._settling = dispatch.settling
+        self._deadlines = deadlines
+
+    def begin(self, worker: Worker, batch: Batch) -> None:
+        """Keep an eye on a batch: one check for each worker at a time, however many batches it runs."""
+        if worker.is_watched or ((len(batch) == 1 or batch.in_order) and self._limit is None):
+            return
+        due = self._next_check(batch)
+        if due is not None:
+            worker.is_watched = True
+            self._deadlines.add(due, lambda now: self._check(worker, now))
+
+    def interrupt(self, worker: Worker, job: Job, reason: JobError) -> None:
+        """Make a running job stop; it is settled when it has, or when it would not."""
+        settling = self._settling
+        if job.id in settling.reasons:
+            return
+        settling.reasons[job.id] = reason
+        job._status = JobStatus.CANCELLING
+        if worker.batch is not None:
+            self._dispatch.take_back(worker.batch)  # or a thread that stops in time would go on with them
+        worker.scope.cancel()
+        due = self._clock() + self._spec.kill_grace + MARGIN_S
+        self._deadlines.add(due, lambda now: settling.give_up(job, now))
+
+    def _check(self, worker: Worker, now: float) -> float | None:
+        """Look at what the worker runs now; give the time of the next look, None when none is needed."""
+        again = None if worker.batch is None else self._look(worker, worker.batch, now)
+        worker.is_watched = again is not None
+        return again
+
+    def _look(self, worker: Worker, batch: Batch, now: float) -> float | None:
+        limit = self._limit
+        if now - batch.created >= STALL_S:
+            self._dispatch.progress(batch)
+        if batch.waits_for_worker:
+            return now + STALL_S
+        job = batch.current
+        if job is None and limit is not None and batch.in_hand and now - batch.created >= limit + STALL_S:
+            # One of several jobs holds its worker in such a grip that it cannot even say which. Each is run alone then.
+            batch.hurry = True
+            worker.scope.cancel()
+            return None
+        if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
+            self.interrupt(worker, job, out_of_time(limit))
+            return None
+        due = self._next_check(batch)
+        return None if due is None else max(due, now + 0.001)
+
+    def _next_check(self, batch: Batch) -> float | None:
+        limit = self._limit
+        due = batch.created + STALL_S if batch.waiting or batch.waits_for_worker else math.inf
+        if limit is not None:
+            job = batch.current
+            start = job._started if job is not None else None
+            due = min(due, (batch.created if start is None else start) + limit)
+        return None if due == math.inf else due

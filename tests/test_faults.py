@@ -1163,7 +1163,7 @@ def test_a_block_that_is_never_left_ends_with_its_loop(method: str, stage: Stage
 STUBBORN = """
         while not job.stopped():
             time.sleep(0.005)
-        print("asked to stop", flush=True)
+        print("asked to stop\\n", end="", flush=True)  # in one piece: several threads say it
         time.sleep(60)
 """
 STUBBORN_ASYNC = """
@@ -1171,7 +1171,7 @@ STUBBORN_ASYNC = """
         try:
             await anyio.sleep(60)
         finally:
-            print("asked to stop", flush=True)
+            print("asked to stop\\n", end="", flush=True)
             with anyio.CancelScope(shield=True):
                 await anyio.sleep(60)
 """

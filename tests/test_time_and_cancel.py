@@ -67,16 +67,16 @@ def check_timed_out(job: Job, storage: CountingStorage) -> None:
 def test_a_job_that_runs_too_long_is_stopped_and_no_other(method: str, stage: Stage, storage: CountingStorage) -> None:
     stage.release(0, 2, 3, 4)
     function = stage.function(method)
-    with make(method, function, num_workers=2, job_timeout=0.1, job_class=HPOJob, storage=storage) as evaluator:
+    with make(method, function, num_workers=2, job_timeout=0.5, job_class=HPOJob, storage=storage) as evaluator:
         evaluator.submit(configurations(5))
         jobs = {job.args["x"]: job for job in evaluator.gather("ALL")}
         assert reasons(list(jobs.values())) == {0: 0.0, 1: "F_timeout", 2: 2.0, 3: 3.0, 4: 4.0}
         check_timed_out(jobs[1], storage)
         assert jobs[1].error is not None
-        assert "0.1" in jobs[1].error.message
+        assert "0.5" in jobs[1].error.message
         assert stage.seen == [(1, JobStatus.CANCELLING)]
         assert jobs[1].timing.ran is not None
-        assert jobs[1].timing.ran >= 0.1
+        assert jobs[1].timing.ran >= 0.5
         assert evaluator.statistics().cancelled == 1
         assert evaluator.statistics().done == 4
 
@@ -96,7 +96,7 @@ def test_the_time_in_the_queue_does_not_count(method: str) -> None:
 
 def test_every_job_of_a_batch_has_its_own_limit(method: str, stage: Stage) -> None:
     stage.release(0, 3)
-    with make(method, stage.function(method), job_timeout=0.06, batching=4, job_class=HPOJob) as evaluator:
+    with make(method, stage.function(method), job_timeout=0.5, batching=4, job_class=HPOJob) as evaluator:
         evaluator.submit(configurations(4))
         assert reasons(evaluator.gather("ALL")) == {0: 0.0, 1: "F_timeout", 2: "F_timeout", 3: 3.0}
 
@@ -122,7 +122,7 @@ def test_many_jobs_time_out_at_a_time(method: str, stage: Stage, storage: Counti
 
 
 def test_a_worker_works_on_after_a_timeout(method: str, stage: Stage) -> None:
-    with make(method, stage.function(method), num_workers=1, job_timeout=0.03, job_class=HPOJob) as evaluator:
+    with make(method, stage.function(method), num_workers=1, job_timeout=0.3, job_class=HPOJob) as evaluator:
         for x in range(3):
             assert evaluator.evaluate({"x": x})[1] == "F_timeout"  # type: ignore[index] # it is an HPOJob
         stage.release(9)
@@ -238,7 +238,7 @@ def test_a_thread_that_does_not_stop_is_given_up_and_its_slot_not_used(stage: St
         calls.append(f"{job['x']} returns")
         return value
 
-    evaluator = make("thread", run, num_workers=1, job_timeout=0.05, kill_grace=0.05, job_class=HPOJob, storage=storage)
+    evaluator = make("thread", run, num_workers=1, job_timeout=0.3, kill_grace=0.05, job_class=HPOJob, storage=storage)
     with evaluator:
         evaluator.submit(configurations(2))
         (job,) = evaluator.gather("BATCH", 1)
@@ -440,7 +440,7 @@ async def test_a_job_that_runs_too_long_is_stopped_on_any_loop(
     method: str, stage: Stage, storage: CountingStorage
 ) -> None:
     stage.release(0, 2)
-    kwargs: dict[str, Any] = {"num_workers": 2, "job_timeout": 0.05, "job_class": HPOJob, "storage": storage}
+    kwargs: dict[str, Any] = {"num_workers": 2, "job_timeout": 0.5, "job_class": HPOJob, "storage": storage}
     async with make(method, stage.function(method), **kwargs) as evaluator:
         await evaluator.submit_async(configurations(3))
         jobs = {job.args["x"]: job for job in await soon(evaluator.gather_async("ALL"))}
@@ -503,7 +503,7 @@ async def test_a_coroutine_that_does_not_stop_is_given_up(storage: CountingStora
 
     kwargs: dict[str, Any] = {
         "num_workers": 1,
-        "job_timeout": 0.03,
+        "job_timeout": 0.3,
         "kill_grace": 0.05,
         "job_class": Job,
         "storage": storage,

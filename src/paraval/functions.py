@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["describe", "is_async", "name_of"]
+__all__ = ["describe", "has_own_process", "is_async", "name_of"]
 
 
 def is_async(function: Any) -> bool:
@@ -27,6 +27,11 @@ def describe(function: Any) -> str:
     name = getattr(function, "__qualname__", None)
     module = getattr(function, "__module__", None)
     return f"{module}.{name}" if module and name else repr(function)
+
+
+def has_own_process(function: Any) -> bool:
+    """Whether its calls have a process of their own where their surroundings share one; ``profile`` says so."""
+    return bool(getattr(_inner(function), "_paraval_has_own_process", False))
 
 
 def name_of(function: Any) -> str:

@@ -20,7 +20,7 @@ from paraval.job import RunningJob
 from paraval.memory import MemoryLimit, PeakMemory
 from paraval.worker.pickling import PicklingFailed, dumps
 
-__all__ = ["Profile", "for_evaluator", "has_own_process", "profile", "settings_of", "wrap"]
+__all__ = ["Profile", "for_evaluator", "profile", "settings_of", "wrap"]
 
 P = ParamSpec("P")
 
@@ -129,12 +129,6 @@ def settings_of(function: Any) -> Profile | None:
     return getattr(function, "_paraval_profile", None)
 
 
-def has_own_process(function: Any) -> bool:
-    """Whether calls of a function are made in a process of their own, where their surroundings share one."""
-    settings = settings_of(function)
-    return settings is not None and (settings.memory or settings.limit is not None)
-
-
 def wrap(function: Callable[..., Any], settings: Profile) -> Callable[..., Any]:
     """Decorate a function. The result keeps its name, its place, and whether it is ``async``."""
     wrapper: Any
@@ -162,6 +156,7 @@ def wrap(function: Callable[..., Any], settings: Profile) -> Callable[..., Any]:
             return call(here, args, kwargs, job, settings.limit)
 
     wrapper._paraval_profile = settings
+    wrapper._paraval_has_own_process = settings.memory or settings.limit is not None
     return wrapper  # type: ignore[no-any-return] # a function that mypy cannot give an attribute
 
 

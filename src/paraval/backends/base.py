@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Final, Literal
 
 import anyio
 
+from paraval.functions import has_own_process
 from paraval.job import Job, JobStatus
 from paraval.outcome import JobError, Outcome, error_from_exception
-from paraval.profiling import has_own_process
 from paraval.storage import Storage
 from paraval.worker.main import is_one_of
 

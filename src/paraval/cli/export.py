@@ -20,8 +20,8 @@ from typing import Any, Final
 import click
 import msgspec
 
+from paraval.cli.choices import FORMATS
 from paraval.cli.messages import FailedError
-from paraval.cli.storages import FORMATS
 from paraval.cli.stored import in_order, is_same_file, outputs_are_objectives, parameters_of, status_of
 from paraval.csvfile import CSVPathError, sink_at
 from paraval.csvlog import _cell, name_beside_error

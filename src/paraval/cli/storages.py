@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from paraval.cli.choices import FORMATS, STATUSES
+
 if TYPE_CHECKING:
     from paraval.storage import Storage
 
-__all__ = ["FORMATS", "export", "jobs", "searches"]
-
-_STATUSES = ("ready", "running", "done", "cancelling", "cancelled", "failed")
-FORMATS = ("csv", "json", "jsonl", "parquet")
+__all__ = ["export", "jobs", "searches"]
 
 
 @click.command(short_help="List the jobs in a storage.")
@@ -23,7 +22,7 @@ FORMATS = ("csv", "json", "jsonl", "parquet")
 @click.option(
     "--status",
     "statuses",
-    type=click.Choice(_STATUSES, case_sensitive=False),
+    type=click.Choice(STATUSES, case_sensitive=False),
     multiple=True,
     help="Those with this status alone, or that failed; repeatable.",
 )

@@ -18,7 +18,6 @@ from paraval.storage import JobRecord, Storage
 from paraval.storage.urls import hide_secrets, open_storage, sqlite_path, without_secrets
 
 __all__ = [
-    "STATUSES",
     "failures",
     "files_at",
     "files_of",
@@ -33,8 +32,6 @@ __all__ = [
     "told_of_storage",
 ]
 
-STATUSES: Final = (*(status.name.lower() for status in JobStatus), "failed")
-"""What jobs can be asked for by: their status, or that they failed."""
 _FLEETING: Final = {"memory", "null", "shared"}
 
 

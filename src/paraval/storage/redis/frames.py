@@ -9,28 +9,29 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Final
 
 from paraval.errors import CorruptStoreError
-from paraval.storage.codec import decode, decode_change, decode_record, encode, encode_change, encode_record
+from paraval.storage.codec import decode, decode_change, decode_record, encode, encode_each_change, encode_each_record
 from paraval.storage.records import JobChange, JobRecord, adopt
 from paraval.storage.redis.scripts import HEAD, NUMBER_SIZE
 
-__all__ = ["frame_of_adoption", "frame_of_change", "frame_of_record", "record_of"]
+__all__ = ["frame_of_adoption", "frames_of_changes", "frames_of_records", "record_of"]
 
 _RECORD, _CHANGE, _ADOPTION = b"R", b"C", b"A"
 _HEAD: Final = struct.Struct(">cI")
 _TAIL: Final = struct.Struct(">I")
 
 
-def frame_of_record(record: JobRecord) -> bytes:
-    """Write down that a job was made."""
-    return _frame(_RECORD, encode_record(record))
+def frames_of_records(records: Sequence[JobRecord]) -> list[bytes]:
+    """Write down that jobs were made."""
+    return [_frame(_RECORD, data) for data in encode_each_record(records)]
 
 
-def frame_of_change(change: JobChange) -> bytes:
-    """Write down that a job was changed."""
-    return _frame(_CHANGE, encode_change(change))
+def frames_of_changes(changes: Sequence[JobChange]) -> list[bytes]:
+    """Write down that jobs were changed."""
+    return [_frame(_CHANGE, data) for data in encode_each_change(changes)]
 
 
 def frame_of_adoption(owner: str) -> bytes:

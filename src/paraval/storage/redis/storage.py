@@ -16,7 +16,7 @@ from paraval.storage.codec import decode, encode
 from paraval.storage.records import JobChange, JobRecord
 from paraval.storage.redis import scripts
 from paraval.storage.redis.arguments import Groups, as_bytes, as_text, in_log, joined, mark, once, packed, placed, split
-from paraval.storage.redis.frames import frame_of_adoption, frame_of_change, frame_of_record, record_of
+from paraval.storage.redis.frames import frame_of_adoption, frames_of_changes, frames_of_records, record_of
 from paraval.storage.redis.server import parse
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class RedisStorage(Storage):
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         args = [as_bytes(search_id)]
         for owner, some in itertools.groupby(records, key=_owner):
-            ends, body = placed([frame_of_record(record) for record in some])
+            ends, body = placed(frames_of_records(list(some)))
             _refuse_beyond(len(body), f"what was given of {len(records)} jobs")
             args += [as_bytes(mark(owner)), ends, body]
         number, revision = self._run(scripts.ADD, *args)
@@ -190,8 +190,7 @@ class RedisStorage(Storage):
 
     def update(self, changes: Sequence[JobChange]) -> None:
         steps = [Groups()]
-        for change in changes:
-            frame = frame_of_change(change)
+        for change, frame in zip(changes, frames_of_changes(changes), strict=True):
             if steps[-1].size + len(frame) > _MUCH and steps[-1].size:
                 steps.append(Groups())
             steps[-1].add(change.id, mark(change.by), frame)

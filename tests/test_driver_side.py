@@ -436,6 +436,71 @@ async def test_a_worker_that_dies_before_it_has_read_its_arguments() -> None:
 # -- processes that have left the worker's group -----------------------------------------------------------------------
 
 
+# -- workers that have enough to do for a while ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds for which workers were left alone, each time."""
+    rests: list[float] = []
+    rest = WorkerProcess.rest
+
+    async def noted(process: WorkerProcess, seconds: float) -> None:
+        rests.append(seconds)
+        await rest(process, seconds)
+
+    monkeypatch.setattr(WorkerProcess, "rest", noted)
+    return rests
+
+
+def takes_ten_milliseconds(job: RunningJob) -> int:
+    time.sleep(0.010)
+    return int(job["x"])
+
+
+def takes_as_long_and_records(job: RunningJob) -> int:
+    job.record(1.0, job["x"])
+    return takes_ten_milliseconds(job)
+
+
+def takes_as_long_and_dies_at_thirty(job: RunningJob, log: str) -> int:
+    with Path(log).open("a") as file:
+        file.write(f"{job['x']}\n")
+    if job["x"] == 30:
+        os._exit(runfunctions.EXIT_CODE)
+    return takes_ten_milliseconds(job)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", pytest.param("trio", marks=needs_trio)])
+def test_workers_that_have_enough_to_do_are_left_alone(backend: str, rests: list[float]) -> None:
+    async def main() -> list[Job]:
+        async with make(takes_ten_milliseconds, num_workers=2) as evaluator:
+            evaluator.submit(configurations(120))
+            return await evaluator.gather_async("ALL")
+
+    assert sorted(job.output for job in anyio.run(main, backend=backend)) == list(range(120))
+    assert 10 < len(rests) < 100
+    assert 0 < max(rests) <= 0.040
+
+
+def test_those_that_call_their_storage_are_not(rests: list[float]) -> None:
+    with make(takes_as_long_and_records, num_workers=2) as evaluator:
+        evaluator.submit(configurations(60))
+        assert sorted(job.output for job in evaluator.gather("ALL")) == list(range(60))
+    assert rests == []
+
+
+def test_one_that_dies_meanwhile_takes_its_own_job_only(rests: list[float], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with make(takes_as_long_and_dies_at_thirty, num_workers=2, run_function_kwargs={"log": str(log)}) as evaluator:
+        evaluator.submit(configurations(60))
+        jobs = evaluator.gather("ALL")
+    assert rests
+    assert [job.args["x"] for job in jobs if job.error is not None] == [30]
+    assert failures(jobs)[0][0] == "worker_died"
+    assert sorted(map(int, log.read_text().split())) == list(range(60))  # each of the others ran once
+
+
 @both_methods
 def test_a_worker_that_has_left_its_group_is_killed_with_what_it_left_there(method: str, flags: Flags) -> None:
     def function(job: RunningJob) -> Any:

@@ -1347,7 +1347,7 @@ def test_batches_grow_while_jobs_are_tiny_and_shrink_at_once() -> None:
 def test_a_worker_that_is_far_has_short_jobs_to_go_on_with() -> None:
     sizer = BatchSizer("auto", num_workers=2, is_far=True)
     sizer.learn(1, 0.010)
-    assert (sizer.next_size(10_000), sizer.in_order) == (5, True)  # of jobs that take 10 ms
+    assert (sizer.next_size(10_000), sizer.in_order) == (8, True)  # of jobs that take 10 ms
     assert sizer.hold_s == 0.1  # one that takes much longer keeps the others for a moment only
     assert sizer.next_size(3) == 1  # what waits is not held back from other workers
     sizer.learn(5, 5 * 0.100)
@@ -1356,10 +1356,20 @@ def test_a_worker_that_is_far_has_short_jobs_to_go_on_with() -> None:
         size = sizer.next_size(10_000)
         sizer.learn(size, size * 0.001)  # for this worker they are tiny
         assert not sizer.in_order
-    assert 10 <= sizer.next_size(10_000) <= 20
+    assert 20 <= sizer.next_size(10_000) <= 40
     near = BatchSizer("auto", num_workers=2)
     near.learn(1, 0.010)
     assert (near.next_size(10_000), near.in_order) == (1, False)
+
+
+def test_the_pace_of_jobs_falls_at_once_and_rises_slowly() -> None:
+    sizer = BatchSizer("auto", num_workers=2, is_far=True)
+    assert sizer.pace_s == 0.0
+    paces = []
+    for shortest in (0.010, 0.010, 0.010, 0.001, 0.010, math.inf):  # infinity: none has told
+        sizer.learn(5, 0.050, shortest)
+        paces.append(sizer.pace_s)
+    assert paces == pytest.approx([0.005, 0.0075, 0.00875, 0.001, 0.0055, 0.0055])
 
 
 @pytest.mark.parametrize(("batching", "size"), [(False, 1), (1, 1), (7, 7), (1000, 256)])

@@ -137,30 +137,36 @@ class Batch:
         in_order: whether each is to be reported when it ends, so that it is always known which one runs. (Only for
             slots of a backend that :attr:`~Backend.is_far`.)
         hold_s: for how many seconds a worker elsewhere may keep those that it has not started.
+        pace_s: how many seconds each takes at least, going by those before; 0 if that is not known.
 
     Attributes:
         current: the job that is known to run.
-        last_end: when the last of its jobs was finished by :meth:`finish`, on the clock; at first, when it was made.
+        last_end: when the last of its jobs was finished on the clock; at first, when it was made.
         hurry: when its run is cancelled, kill at once: the job to stop is not known to be the one that runs.
         waits_for_worker: its worker is being set up, so no job's time has begun; or what it sent is being taken in, so
             it is not known yet which jobs have ended in time.
+        shortest_s: how many seconds the shortest of its jobs took, where a worker tells; infinity before one has ended.
+        has_waited: its slot has waited for it, so all other tasks have had their turns.
         was_cut: some of its jobs went elsewhere, so its time says nothing about them.
     """
 
     __slots__ = (
         "_clock",
         "_finished",
+        "_pace_s",
         "_returned",
         "_sent",
         "_size",
         "_todo",
         "created",
         "current",
+        "has_waited",
         "hold_s",
         "hurry",
         "in_order",
         "last_end",
         "report",
+        "shortest_s",
         "waits_for_worker",
         "was_cut",
     )
@@ -173,9 +179,11 @@ class Batch:
         *,
         in_order: bool = False,
         hold_s: float = 0.0,
+        pace_s: float = 0.0,
     ) -> None:
         self.in_order = in_order
         self.hold_s = hold_s
+        self._pace_s = pace_s
         self._size = len(jobs)
         jobs.reverse()
         self._todo = jobs  # the next one is at the end
@@ -188,6 +196,8 @@ class Batch:
         self.current: Job | None = None
         self.hurry = False
         self.waits_for_worker = False
+        self.shortest_s = math.inf
+        self.has_waited = False
         self.was_cut = False
 
     # -- the slot's side -----------------------------------------------------------------------------------------------
@@ -255,12 +265,18 @@ class Batch:
         if self._sent is None or self._sent.pop(job.id, None) is None:
             return
         job._started = started
+        self.last_end = finished
+        self.shortest_s = min(self.shortest_s, finished - started)
         self._finished.append((job, outcome, finished))
         if self.current is job:
             self.current = None
             if self.in_order and self._sent:
                 self.current = current = next(iter(self._sent.values()))
                 current._started, current._status = finished, _RUNNING
+
+    def seconds_left(self) -> float:
+        """Say for how long the worker will have other jobs of :meth:`take_all` than the one that it is at, at least."""
+        return self._pace_s * (len(self._sent or ()) - 1)
 
     def give_back(self, job_ids: list[str], current: str, started: float) -> None:
         """Say which jobs of :meth:`take_all` the worker has not started, and which one keeps it busy since when."""

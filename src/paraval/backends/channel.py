@@ -41,6 +41,8 @@ class Channel:
     _loop: Loop | None = None
     _arrival: Event | None = None
     _watching: asyncio.AbstractEventLoop | None = None
+    is_bulky = False
+    """Whether the last read found as much as it could take."""
 
     async def send(self, frame: bytes) -> None:
         """Send a frame.
@@ -104,6 +106,18 @@ class Channel:
         frames, self._frames = self._frames, ()
         return frames
 
+    async def rest(self, seconds: float) -> None:
+        """Leave for so long what comes where it is: what was read in one go has cost one turn of the loop."""
+        loop = self._begin_to_watch()
+        watching = self._watching
+        if watching is not None:
+            watching.remove_reader(self._source)
+        try:
+            await loop.sleep(seconds)
+        finally:
+            if watching is not None and self._watching is watching:
+                watching.add_reader(self._source, self._read)
+
     def _begin_to_watch(self) -> Loop:
         loop = self._loop
         if loop is None:
@@ -128,6 +142,7 @@ class Channel:
             if self._selector is not None:
                 self._drain()
             data = self._socket.recv(_READ_MORE if self._received else _READ)
+            self.is_bulky = len(data) >= _READ
             if not data:
                 raise ConnectionResetError("the worker closed its socket")  # noqa: TRY301 - as any other failure
             if not self._received and len(data) == 8 + int.from_bytes(data[:8], "little"):  # as a rule

@@ -38,6 +38,7 @@ class WorkerProcess(Channel):
         memory: what watches its memory, while it runs jobs that are limited in it.
         base: the bytes that it held before its first job, where memory is limited.
         held: the bytes that it held before the jobs that it runs.
+        makes_calls: whether a job of it has called its storage, and others may.
 
     Args:
         setup: the first frame, sent with the first jobs.
@@ -47,6 +48,7 @@ class WorkerProcess(Channel):
     memory: WatchedProcess | None = None
     base = 0
     held = 0
+    makes_calls = False
     _strays: Mapping[int, int] = {}
     """Descendants that have left its process group: their starts, by their numbers."""
 

@@ -33,6 +33,7 @@ from paraval.worker.pickling import PicklingFailed, PiecewisePickler, dumps, dum
 
 __all__ = ["ProcessPoolEvaluator"]
 
+_REST_S: Final = 0.005
 _CAPTURED: Final = 1 << 16
 _SUPERVISION_S: Final = 0.25
 _PASSING: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
@@ -111,7 +112,11 @@ class ProcessSlot(Slot):
                 if self._backend.memory_limit is not None:
                     process.watch_memory(self._backend.memory_limit.bytes)
             while sent:
+                rest = self._rest(process, batch)
+                if rest:
+                    await process.rest(rest)
                 await self._receive(process, batch, sent)
+                batch.has_waited = True
                 if sent:
                     batch.report()
             process.memory = None
@@ -130,6 +135,18 @@ class ProcessSlot(Slot):
         process.jobs_done += count
         if self._backend.jobs_left(process) == 0 or self._cannot_be_set_up:
             await self._let_go()
+
+    def _rest(self, process: WorkerProcess, batch: Batch) -> float:
+        """Give the seconds for which the worker can be left alone: 0 if it may want something.
+
+        Where all processors are busy, to wake up for each job of some milliseconds costs more than all the rest: what
+        the interpreter needs is in no cache by then. All workers' rests end at the same moments.
+        """
+        left = batch.seconds_left()
+        if left < _REST_S or batch.waits_for_worker or process.is_bulky or process.makes_calls:
+            return 0.0
+        now = self._spec.clock()
+        return (now + min(left, 8 * _REST_S)) // _REST_S * _REST_S - now
 
     def _settle_excess(
         self, memory: WatchedProcess, batch: Batch, sent: dict[str, Job], count: int, error: JobError
@@ -223,6 +240,7 @@ class ProcessSlot(Slot):
                 if current in sent or not sent.keys().isdisjoint(job_ids):  # else it is late, and means jobs before
                     batch.give_back(job_ids, current, started)
             case "call":
+                process.makes_calls = True
                 self._call = StorageCall(self._spec.storage, self._backend.start_soon, *frame[1:])
             case "ready":
                 process.base = frame[1]

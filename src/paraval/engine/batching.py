@@ -11,6 +11,7 @@ reports each as it ends, so that it is known which one runs.
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal
 
 from paraval.errors import BadValueError
@@ -24,10 +25,10 @@ STALL_S: Final = 0.010
 _MOST: Final = 256
 _NEAR: Final = (0.000_25, 0.005)
 """Up to how many seconds a job is tiny, and how many a batch of tiny jobs shall take."""
-_FAR: Final = (0.002, 0.020)
+_FAR: Final = (0.002, 0.040)
 _SHORT_S: Final = 0.020
 """Up to how many seconds a job is short."""
-_AHEAD_S: Final = 0.030
+_AHEAD_S: Final = 0.060
 """For so many seconds a worker shall have short jobs to go on with."""
 _MOST_HOLD_S: Final = 0.1
 
@@ -44,10 +45,12 @@ class BatchSizer:
     Attributes:
         in_order: whether it shall report each.
         hold_s: for how many seconds a batch may keep its jobs, before those that wait are given to others.
+        pace_s: how many seconds each job takes at least, going by the last ones; 0 if that is not known.
     """
 
     def __init__(self, batching: Batching, num_workers: int, limit: int | None = None, *, is_far: bool = False) -> None:
-        self._is_far = is_far
+        self.is_far = is_far
+        self.pace_s = 0.0
         self._tiny_s, self._target_s = _FAR if is_far else _NEAR
         self.in_order = False
         self.hold_s = self._target_s
@@ -65,15 +68,18 @@ class BatchSizer:
         """Give the number of jobs to take when ``waiting`` jobs wait: never more than a fair share of them."""
         return max(1, min(self._size, self._most, waiting // self._num_workers))
 
-    def learn(self, jobs: int, seconds: float) -> None:
-        """Take into account that a batch of so many jobs took so long, the trip included."""
+    def learn(self, jobs: int, seconds: float, shortest_s: float = math.inf) -> None:
+        """Take into account that a batch of so many jobs took so long, the trip included, and the shortest so long."""
         if not self._auto:
             return
         mean = seconds / jobs
+        # It falls at once: a worker that was thought to have enough to do, and has not, does nothing meanwhile.
+        if shortest_s < math.inf:
+            self.pace_s = min(shortest_s, (self.pace_s + shortest_s) / 2)
         self.in_order, self.hold_s = False, self._target_s
         if mean > self._tiny_s:
             self._size = 1
-            if self._is_far and mean <= _SHORT_S:
+            if self.is_far and mean <= _SHORT_S:
                 self.in_order = True
                 self._size = 2 + int(_AHEAD_S / mean)
                 self.hold_s = min(2 * mean * self._size, _MOST_HOLD_S)

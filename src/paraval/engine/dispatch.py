@@ -76,7 +76,7 @@ class Dispatch:
         in_order = sizer.in_order and len(jobs) > 1
         if not jobs or not self._note_start(worker, jobs, may_be_tiny=not in_order):
             return None
-        return Batch(jobs, self._clock, worker.progress, in_order=in_order, hold_s=sizer.hold_s)
+        return Batch(jobs, self._clock, worker.progress, in_order=in_order, hold_s=sizer.hold_s, pace_s=sizer.pace_s)
 
     def _fill(self, first: Job) -> list[Job]:
         size = self._sizer.next_size(len(self.queue) + 1) if self._settings.execute is None else 1
@@ -114,8 +114,12 @@ class Dispatch:
     def put_away(self, batch: Batch) -> None:
         """Take back what a batch that is through has left, and learn from it. Its outcomes are still to collect."""
         self._give_back(batch.reclaim())
+        now = self._clock()
+        if batch.has_waited:
+            self.last_turn = now
         if not batch.was_cut:
-            self._sizer.learn(len(batch), self._clock() - batch.created)
+            end = batch.last_end if self._sizer.is_far else now  # far away it may be through before that is seen
+            self._sizer.learn(len(batch), end - batch.created, batch.shortest_s)
 
     def take_back(self, batch: Batch) -> None:
         """Take back, from a batch that goes on or will, the jobs that its worker has not begun."""

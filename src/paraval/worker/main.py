@@ -156,7 +156,7 @@ class Worker:
         self._due = 0.0
         self._guard_wanted = _thread.allocate_lock()
         self._guard_wanted.acquire()
-        self._guard_asleep = False
+        self._guard_looks = math.inf
         self._guard_runs = False
         self._live: Job | None = None
         self._runner: Any = None
@@ -305,16 +305,24 @@ class Worker:
             _thread.start_new_thread(self._guard, ())
             return
         with self._state:
-            asleep, self._guard_asleep = self._guard_asleep, False
-        if asleep:
-            self._guard_wanted.release()
+            if self._guard_looks > self._due:
+                self._guard_looks = 0.0  # it is on its way
+                self._guard_wanted.release()
 
     def _guard(self) -> None:
-        """While batches come: see to it that none keeps its finished or its waiting jobs for long."""
+        """While batches come: see to it that none keeps its finished or its waiting jobs for long.
+
+        It looks no more often than that takes, as each of its turns takes the interpreter from the job that runs.
+        """
         told = -1
+        looks = 0.0
         while True:
-            time.sleep(_HOLD_S)
+            if looks < math.inf:
+                self._guard_wanted.acquire(timeout=max(looks - time.monotonic(), 0.0))
+            else:
+                self._guard_wanted.acquire()
             with self._state:
+                self._guard_wanted.acquire(blocking=False)  # in case that it was released after the time had run out
                 stuck = self._current is not None and time.monotonic() >= self._due
                 seen = self._batches
                 back, current = [], self._current
@@ -322,14 +330,12 @@ class Worker:
                     back = [job_id for job_id, _ in self._todo]
                     self._todo.clear()
                 # Decided here, under the lock, so that a batch that begins now finds it asleep, and wakes it.
-                self._guard_asleep = stuck or (not self._todo and self._current is None)
-                asleep = self._guard_asleep
+                is_idle = stuck or (not self._todo and self._current is None)
+                looks = self._guard_looks = math.inf if is_idle else self._due
             if stuck and current is not None and told != seen:
                 told = seen
                 self._report()
                 self._send(("back", back, *current))
-            if asleep:
-                self._guard_wanted.acquire()
 
     # -- the socket ----------------------------------------------------------------------------------------------------
 

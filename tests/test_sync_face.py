@@ -1520,6 +1520,29 @@ def test_a_thread_that_cannot_be_started_costs_one_job(monkeypatch: pytest.Monke
     assert len(jobs) == 3
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_loop_that_cannot_be_started_leaves_no_open_record(monkeypatch: pytest.MonkeyPatch, resume: bool) -> None:
+    failures = iter([True])
+    start = threading.Thread.start
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if thread.name == "paraval-loop" and next(failures, False):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    storage = MemoryStorage()
+    options = {"storage": storage, "search_id": storage.create_new_search(), "resume": resume}
+    with make("thread", double, **options) as evaluator:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            evaluator.submit(configurations(3))
+        assert evaluator.num_jobs_submitted == 0
+        statuses = [record.status for record in storage.scan(evaluator.search_id)[0]]
+        assert statuses == [JobStatus.CANCELLED.value] * 3  # or another driver would wait for them
+        evaluator.submit(configurations(3))
+        assert sorted(outputs(evaluator.gather("ALL"))) == [0.0, 2.0, 4.0]
+
+
 class NamelessType(type):
     def __getattribute__(cls, name: str) -> Any:
         if name == "__name__":

@@ -159,8 +159,10 @@ class Intake:
             for job in jobs if self._notifier.callbacks else ():
                 self._notifier.call("on_launch", job)
             self._life.submit(jobs, new.outcomes, new.sources)
-        except BaseException:
+        except BaseException as exc:
             self._ledger.forget(jobs)
+            known = new.known
+            self._call_off([job.id for at, job in enumerate(jobs) if not known or known[at].record is None], exc)
             if self._recall is not None:
                 self._recall.give_back(new.known, is_private=private is not None)
             raise
@@ -202,12 +204,17 @@ class Intake:
                 job._submitted = now
                 job.metadata = metadata
                 jobs.append(job)
-        except BaseException as exc:  # a class of the user's: there will be no such jobs
-            error = error_from_exception(exc)._replace(kind="cancelled")
-            cancelled = JobStatus.CANCELLED.value
-            storage.update([JobChange(record.id, status=cancelled, error=error) for record in records])
+        except BaseException as exc:  # a class of the user's
+            self._call_off([record.id for record in records], exc)
             raise
         return jobs
+
+    def _call_off(self, job_ids: Sequence[str], exc: BaseException) -> None:
+        """Record of jobs that there will be none: who resumes the search would wait for them."""
+        error = error_from_exception(exc)._replace(kind="cancelled")
+        cancelled = JobStatus.CANCELLED.value
+        with contextlib.suppress(Exception):  # the storage may be what failed; and this is not what is to be told
+            self._storage.update([JobChange(job_id, status=cancelled, error=error) for job_id in job_ids])
 
     def _insert(self, records: list[JobRecord]) -> None:
         try:

@@ -13,7 +13,7 @@ import sys
 import uuid
 
 from paraval import Evaluator, RunningJob
-from paraval.engine import recall  # noqa: F401 - imported before the forks, as is all that a driver needs
+from paraval.engine.known import recall  # noqa: F401 - imported before the forks, as is all that a driver needs
 from paraval.storage import sqlite  # noqa: F401 - likewise
 
 CONFIGURATIONS = 60

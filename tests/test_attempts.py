@@ -32,7 +32,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paraval.engine.attempts._BACK_OFF_S", 0.005)
+    monkeypatch.setattr("paraval.engine.running.attempts._BACK_OFF_S", 0.005)
 
 
 def make(method: str, function: Callable[..., Any], **kwargs: Any) -> Evaluator:
@@ -167,7 +167,7 @@ def test_what_the_run_function_returned_is_no_reason_to_try_again(method: str, f
 @pytest.mark.parametrize("batching", [False, 4, "auto"])
 def test_other_jobs_go_on_meanwhile(method: str, flags: Flags, batching: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pause before the next attempt costs nobody else anything, though there is one worker."""
-    monkeypatch.setattr("paraval.engine.attempts.random.uniform", lambda _low, _high: 60.0)
+    monkeypatch.setattr("paraval.engine.running.attempts.random.uniform", lambda _low, _high: 60.0)
 
     def function(job: RunningJob) -> Any:
         if job["x"] == 0 and flags.count("0") == 1:
@@ -198,7 +198,7 @@ def test_each_job_is_announced_and_recorded_once(method: str, flags: Flags) -> N
 
 
 def test_times_are_those_of_the_last_attempt(method: str, flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paraval.engine.attempts.random.uniform", lambda _low, _high: 0.1)
+    monkeypatch.setattr("paraval.engine.running.attempts.random.uniform", lambda _low, _high: 0.1)
     (job,) = run(method, fails_at_first(flags, 1), max_attempts=2, retry_on=ConnectionError)
     times = job.timing
     assert None not in times
@@ -209,7 +209,7 @@ def test_times_are_those_of_the_last_attempt(method: str, flags: Flags, monkeypa
 
 def waiting(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Make a run-function whose job 0 fails, and then waits a minute for its next attempt."""
-    monkeypatch.setattr("paraval.engine.attempts.random.uniform", lambda _low, _high: 60.0)
+    monkeypatch.setattr("paraval.engine.running.attempts.random.uniform", lambda _low, _high: 60.0)
     return fails_at_first(flags, 1)
 
 
@@ -385,7 +385,7 @@ def test_a_timeout_is_not_tried_again(method: str, flags: Flags) -> None:
 
 
 def test_a_job_may_be_closed_between_two_deaths(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paraval.engine.attempts.random.uniform", lambda _low, _high: 60.0)
+    monkeypatch.setattr("paraval.engine.running.attempts.random.uniform", lambda _low, _high: 60.0)
     evaluator = make("process", dies_at_first(flags, 9), max_attempts=5)
     evaluator.submit(configurations(1))
     until(lambda: flags.up("count-0") and evaluator.jobs[0].status is JobStatus.READY)

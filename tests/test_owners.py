@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import paraval
-from paraval.engine.owners import living_owners, new_owner
+from paraval.engine.known.owners import living_owners, new_owner
 from paraval.storage import MemoryStorage
 
 SOURCE = str(Path(paraval.__file__).resolve().parents[1])
@@ -20,7 +20,7 @@ SOURCE = str(Path(paraval.__file__).resolve().parents[1])
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="a zombie can be told by /proc alone")
 def test_a_process_that_has_ended_owns_nothing_though_nobody_has_reaped_it() -> None:
     program = (
-        "import sys, threading; from paraval.engine.owners import new_owner\n"
+        "import sys, threading; from paraval.engine.known.owners import new_owner\n"
         "threading.Thread(target=sys.stdin.read).start(); print(new_owner(), flush=True)"
     )
     with subprocess.Popen(
@@ -45,7 +45,7 @@ def test_a_process_that_has_ended_owns_nothing_though_nobody_has_reaped_it() -> 
 def test_a_process_whose_first_thread_alone_has_ended_lives() -> None:
     program = """if True:
         import ctypes, sys, threading
-        from paraval.engine.owners import new_owner
+        from paraval.engine.known.owners import new_owner
         owner, libc = new_owner(), ctypes.CDLL(None)
         main = threading.get_native_id()
         def stay():

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
-from paraval.engine.owners import new_owner
+from paraval.engine.known.owners import new_owner
 from paraval.functions import name_of
 from paraval.storage import JobChange, JobRecord, MemoryStorage, SqliteStorage, Storage
 from support import Stage, configurations, ids, make, soon, until_async

@@ -38,7 +38,7 @@ from paraval import (
     ThreadPoolEvaluator,
 )
 from paraval.callback import Callback
-from paraval.engine.batching import BatchSizer
+from paraval.engine.running.batching import BatchSizer
 from paraval.errors import JobFailedError, JobsFailedError, UsageError
 from paraval.storage import MemoryStorage, NullStorage
 from support import (

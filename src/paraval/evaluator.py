@@ -32,9 +32,9 @@ from paraval.engine import (
     Others,
     Statistics,
 )
-from paraval.engine.batching import Batching, BatchSizer
+from paraval.engine.known.owners import new_owner
 from paraval.engine.ledger import until_set, waker
-from paraval.engine.owners import new_owner
+from paraval.engine.running.batching import Batching, BatchSizer
 from paraval.errors import (
     BadValueError,
     EvaluatorClosedError,
@@ -53,7 +53,7 @@ from paraval.storage.writer import Writer
 
 if TYPE_CHECKING:
     from paraval.callback import Callback
-    from paraval.engine.recall import Recall
+    from paraval.engine.known.recall import Recall
     from paraval.memory import MemoryLimit
 
 __all__ = ["Evaluator"]
@@ -243,7 +243,7 @@ class Evaluator(ReferenceNames, abc.ABC):
     def _recall(self, function_name: str, max_attempts: int, *, resume: bool, reuse: bool) -> Recall | None:
         if not resume and not reuse:
             return None
-        from paraval.engine.recall import Recall  # here: most evaluators never need it
+        from paraval.engine.known.recall import Recall  # here: most evaluators never need it
 
         return Recall(
             self._storage,

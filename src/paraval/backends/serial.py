@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 
 from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, failure_of
-from paraval.engine.ctrl_c import spared_ctrl_c
+from paraval.ctrl_c import spared_ctrl_c
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async

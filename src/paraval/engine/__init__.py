@@ -1,13 +1,13 @@
 """The engine: the task group, dispatch and batches, deadlines, settling, the ledger, and who owns the loop."""
 
-from paraval.engine.batching import Batching
 from paraval.engine.engine import Engine, EngineSettings
 from paraval.engine.gathered import Gathered
 from paraval.engine.intake import Intake
+from paraval.engine.known.others import Others
 from paraval.engine.ledger import Gate, Ledger, Statistics
-from paraval.engine.lifecycle import Lifecycle
+from paraval.engine.life.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
-from paraval.engine.others import Others
+from paraval.engine.running.batching import Batching
 
 __all__ = [
     "Batching",

@@ -1,7 +1,7 @@
 """The engine: a task group whose workers pull jobs from a memory channel and run them on the backend's slots.
 
 It lives on one event loop, from :meth:`Engine.run`'s start to its end, and knows no backend by name. Whatever happens
-to a job becomes an outcome, and every outcome goes to :class:`~paraval.engine.settling.Settling`.
+to a job becomes an outcome, and every outcome goes to :class:`~paraval.engine.running.settling.Settling`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, Final
 import anyio
 
 from paraval.backends.base import Backend, RunSpec
-from paraval.engine.batching import Batching
-from paraval.engine.ctrl_c import spared_ctrl_c
-from paraval.engine.deadlines import Deadlines
-from paraval.engine.dispatch import Dispatch
-from paraval.engine.following import Following
+from paraval.ctrl_c import spared_ctrl_c
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
+from paraval.engine.reasons import OUT_OF_BUDGET
 from paraval.engine.recorder import Recorder
-from paraval.engine.settling import OUT_OF_BUDGET
-from paraval.engine.watch import MARGIN_S, Watch
-from paraval.engine.workers import Workers
+from paraval.engine.running.batching import Batching
+from paraval.engine.running.deadlines import Deadlines
+from paraval.engine.running.dispatch import Dispatch
+from paraval.engine.running.following import Following
+from paraval.engine.running.watch import MARGIN_S, Watch
+from paraval.engine.running.workers import Workers
 from paraval.errors import EvaluatorClosedError, UsageError
 from paraval.job import Job
 from paraval.loops import Doorbell, Loop

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paraval.checks import Args
 from paraval.engine.collector import collector_at_rest
-from paraval.engine.following import take_over
 from paraval.engine.ledger import Ledger
-from paraval.engine.lifecycle import Lifecycle
+from paraval.engine.life.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
+from paraval.engine.running.following import take_over
 from paraval.errors import MaximumJobsSpawnReached, ParavalError, StorageError
 from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import Outcome, error_from_exception
@@ -22,8 +22,8 @@ from paraval.storage import JobChange, JobRecord, Storage
 from paraval.storage.writer import Writer, patiently
 
 if TYPE_CHECKING:
-    from paraval.engine.answers import Known
-    from paraval.engine.recall import Recall
+    from paraval.engine.known.answers import Known
+    from paraval.engine.known.recall import Recall
 
 __all__ = ["Intake"]
 

@@ -7,9 +7,9 @@ from typing import Final, TypeVar
 
 import anyio
 
-from paraval.engine.owners import living_owners
-from paraval.engine.recall import ended_too_often, final_outcome
-from paraval.engine.settling import Settling
+from paraval.engine.known.owners import living_owners
+from paraval.engine.known.recall import ended_too_often, final_outcome
+from paraval.engine.running.settling import Settling
 from paraval.job import HPOJob, Job, JobStatus
 from paraval.loops import Loop, call_in_thread
 from paraval.outcome import Outcome, is_failure

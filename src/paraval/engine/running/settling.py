@@ -6,26 +6,20 @@ Here is also what is known of each job until then: that it is open, which worker
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from paraval.backends.base import Ended
-from paraval.engine.attempts import Attempts
+from paraval.engine.reasons import out_of_time
 from paraval.engine.recorder import Recorder
+from paraval.engine.running.attempts import Attempts
 from paraval.job import Job
 from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome
 
 if TYPE_CHECKING:
-    from paraval.engine.worker import Worker
+    from paraval.engine.running.worker import Worker
 
-__all__ = ["OUT_OF_BUDGET", "Settling", "out_of_time"]
-
-OUT_OF_BUDGET: Final = JobError("timeout", "the evaluator's timeout ran out")
-
-
-def out_of_time(limit: float) -> JobError:
-    """Say that a job took too long."""
-    return JobError("timeout", f"the job ran longer than job_timeout={limit:g} s")
+__all__ = ["Settling"]
 
 
 class Settling:

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from paraval.backends.base import Batch
-from paraval.engine.attempts import Attempts
-from paraval.engine.batching import BatchSizer
-from paraval.engine.deadlines import Deadlines
-from paraval.engine.queue import JobQueue
 from paraval.engine.recorder import Recorder
-from paraval.engine.settling import Settling
+from paraval.engine.running.attempts import Attempts
+from paraval.engine.running.batching import BatchSizer
+from paraval.engine.running.deadlines import Deadlines
+from paraval.engine.running.queue import JobQueue
+from paraval.engine.running.settling import Settling
 from paraval.job import Job, JobStatus
 from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome
 
 if TYPE_CHECKING:
     from paraval.engine.engine import EngineSettings
-    from paraval.engine.worker import Worker
+    from paraval.engine.running.worker import Worker
 
 __all__ = ["Dispatch"]
 

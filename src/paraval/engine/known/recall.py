@@ -10,19 +10,16 @@ import math
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
-from paraval.engine.answers import NOTHING, Answers, Known, args_of, key_for
-from paraval.engine.owners import living_owners
-from paraval.engine.settling import OUT_OF_BUDGET
+from paraval.engine.known.answers import NOTHING, Answers, Known, args_of, key_for
+from paraval.engine.known.owners import living_owners
+from paraval.engine.reasons import OUT_OF_BUDGET, SURPLUS
 from paraval.job import HPOJob, Job, JobStatus
 from paraval.outcome import JobError, Outcome
 from paraval.storage import JobChange, JobRecord, Storage
 
-__all__ = ["SURPLUS", "Known", "Recall", "ended_too_often", "final_outcome", "number_of"]
-
-SURPLUS: Final = JobError("cancelled", "another driver has submitted the same at the same moment, and runs it")
-"""Why a record is not run that stands for nothing: the next submission of its configuration meets it."""
+__all__ = ["Known", "Recall", "ended_too_often", "final_outcome", "number_of"]
 
 
 class Recall:

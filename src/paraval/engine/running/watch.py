@@ -6,16 +6,16 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from paraval.backends.base import Batch
-from paraval.engine.batching import STALL_S
-from paraval.engine.deadlines import Deadlines
-from paraval.engine.dispatch import Dispatch
-from paraval.engine.settling import out_of_time
+from paraval.engine.reasons import out_of_time
+from paraval.engine.running.batching import STALL_S
+from paraval.engine.running.deadlines import Deadlines
+from paraval.engine.running.dispatch import Dispatch
 from paraval.job import Job, JobStatus
 from paraval.outcome import JobError
 
 if TYPE_CHECKING:
     from paraval.engine.engine import EngineSettings
-    from paraval.engine.worker import Worker
+    from paraval.engine.running.worker import Worker
 
 __all__ = ["MARGIN_S", "Watch"]
 

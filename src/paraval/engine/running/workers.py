@@ -10,11 +10,11 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
+from paraval.ctrl_c import spared_ctrl_c
 from paraval.engine.collector import CollectorPace, collector_at_rest
-from paraval.engine.ctrl_c import spared_ctrl_c
-from paraval.engine.dispatch import Dispatch
-from paraval.engine.watch import Watch
-from paraval.engine.worker import Worker
+from paraval.engine.running.dispatch import Dispatch
+from paraval.engine.running.watch import Watch
+from paraval.engine.running.worker import Worker
 from paraval.loops import Loop
 
 if TYPE_CHECKING:

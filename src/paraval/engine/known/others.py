@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from paraval.engine.recall import SURPLUS
+from paraval.engine.reasons import SURPLUS
 from paraval.job import Job, JobContext, JobStatus
 from paraval.storage import JobRecord, Storage
 

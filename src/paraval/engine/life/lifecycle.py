@@ -10,10 +10,10 @@ from typing import Final
 
 import anyio
 
-from paraval.engine.callers_home import CallersHome
 from paraval.engine.engine import Engine
 from paraval.engine.ledger import Ledger
-from paraval.engine.thread_home import run_in_thread
+from paraval.engine.life.callers_home import CallersHome
+from paraval.engine.life.thread_home import run_in_thread
 from paraval.errors import EvaluatorClosedError, ForkedError, UsageError
 from paraval.job import Job
 from paraval.loops import Loop, call_in_thread

@@ -9,8 +9,8 @@ import anyio
 import anyio.lowlevel
 
 from paraval.backends.base import Batch, RunSpec, Slot, WorkerDiedError, failure_of
-from paraval.engine.dispatch import Dispatch
-from paraval.engine.watch import Watch
+from paraval.engine.running.dispatch import Dispatch
+from paraval.engine.running.watch import Watch
 from paraval.errors import UsageError
 from paraval.job import Job
 from paraval.loops import Event, Loop

@@ -1,0 +1,1 @@
+"""The life of an engine, and whose event loop is its home."""

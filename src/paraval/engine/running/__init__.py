@@ -1,0 +1,1 @@
+"""From the queue to the settled job: batches, workers, deadlines, attempts."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 
 import anyio
 
-from paraval.backends.base import Backend, RunSpec
+from paraval.backends.base import RunSpec
 from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
 from paraval.backends.futures import close_before_pools_wait
 from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
@@ -235,14 +235,4 @@ class LokyEvaluator(ProcessPoolEvaluator):
     """
 
     parallel: ClassVar[str] = "processes of loky"
-
-    def _make_backend(self) -> Backend:
-        backend = LokyBackend(
-            self.run_function,
-            max_jobs_per_worker=self._max_jobs_per_worker,
-            initializer=self._initializer,
-            capture=self._capture,
-            memory_limit=self._memory_limit,
-        )
-        backend.check(self._spec)
-        return backend
+    _backend_class: ClassVar[type[ProcessBackend]] = LokyBackend

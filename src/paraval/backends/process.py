@@ -425,6 +425,7 @@ class ProcessPoolEvaluator(Evaluator):
     cancellation: ClassVar[Cancellation] = "kill"
     watches_memory: ClassVar[bool] = True
     parallel: ClassVar[str] = "processes"
+    _backend_class: ClassVar[type[ProcessBackend]] = ProcessBackend
 
     def __init__(
         self,
@@ -443,7 +444,7 @@ class ProcessPoolEvaluator(Evaluator):
         super().__init__(run_function, *args, **kwargs)
 
     def _make_backend(self) -> Backend:
-        backend = ProcessBackend(
+        backend = self._backend_class(
             self.run_function,
             max_jobs_per_worker=self._max_jobs_per_worker,
             initializer=self._initializer,

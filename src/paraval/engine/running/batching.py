@@ -74,7 +74,7 @@ class BatchSizer:
             return
         mean = seconds / jobs
         # It falls at once: a worker that was thought to have enough to do, and has not, does nothing meanwhile.
-        if shortest_s < math.inf:
+        if self.is_far and shortest_s < math.inf:
             self.pace_s = min(shortest_s, (self.pace_s + shortest_s) / 2)
         self.in_order, self.hold_s = False, self._target_s
         if mean > self._tiny_s:

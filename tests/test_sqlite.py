@@ -29,7 +29,7 @@ from paraval import JobError, ParavalError
 from paraval.errors import CorruptStoreError, StorageError
 from paraval.storage import JobChange, JobRecord, MemoryStorage, Storage, UnknownIdError, UnstorableError
 from paraval.storage.sqlite import SqliteStorage, opening
-from paraval.storage.sqlite.database import _registry
+from paraval.storage.sqlite.sharing import _registry
 from paraval.testing import StorageConformance, storage_machine
 from paraval.testing.comparing import fields, same
 from support import Program, in_threads, run_program, until
@@ -516,11 +516,11 @@ def test_a_storage_that_is_dropped_closes_its_file(path: Path) -> None:
 
 def test_the_garbage_collector_may_drop_a_storage_at_any_moment(path: Path) -> None:
     """Even in the midst of what holds all locks: it is closed by whoever opens or closes the next."""
-    from paraval.storage.sqlite import database
+    from paraval.storage.sqlite import sharing
 
     storage = SqliteStorage(path)
     other = SqliteStorage(path.with_name("other.db"))
-    with database._registry_lock, other._opened()._lock:
+    with sharing._registry_lock, other._opened()._lock:
         del storage
         gc.collect()
     assert descriptors(path) > 0
@@ -746,8 +746,47 @@ def test_what_was_committed_though_it_failed_is_not_done_again(path: Path, monke
             ([2.0], "me"),
             (None, "them"),
         ]
-        with pytest.raises(StorageError, match="I/O error"):  # nobody can say of whom a new search is
-            failing(storage.new_search)
+        assert failing(storage.new_search) == "1"
+        assert storage.search_ids() == ["0", "1"]
+        failing(lambda: storage.put_value("1", "key", 5))
+        assert storage.get_value("1", "key") == 5
+        failing(lambda: storage.renew("me", 100))
+        assert storage.owners() == {"me"}
+
+
+def test_what_was_committed_together_though_it_failed_is_not_done_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all is there is asked of each, also of what could well be done twice."""
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kw: connect(*args, factory=CommitsAndFails, **kw))
+    with SqliteStorage(path) as storage:
+        storage.new_search()
+        records = [JobRecord(owner="me"), JobRecord(owner="them")]
+        storage.insert("0", records)
+        calls = [
+            lambda: storage.put_value("0", "key", 5),
+            lambda: storage.renew("me", 100),
+            storage.new_search,
+            lambda: storage.create_new_job("0"),
+            lambda: storage.store_job_intermediate("0.0", 1.0, 2.0),
+            lambda: storage.update([JobChange("0.1", out=1, by="me")]),  # is left out
+            lambda: storage.adopt({"0.1": 99}, "me"),  # likewise
+        ]
+        database = storage._opened()
+
+        def release() -> None:
+            until(lambda: len(database._queue) == len(calls))
+            CommitsAndFails.commits_until_failure = 1
+            database._lock.release()
+
+        database._lock.acquire()
+        *_, new_search, new_job, _, _, adopted, _ = in_threads(*calls, release)
+        assert CommitsAndFails.commits_until_failure <= 0
+        assert (new_search, new_job, adopted) == ("1", "0.2", set())
+        assert storage.search_ids() == ["0", "1"]
+        assert [record.objectives for record in storage.get(["0.0", "0.1", "0.2"])] == [[2.0], None, None]
+        assert len(storage.scan("0")[0]) == 3
 
 
 def script() -> list[Callable[[Storage], object]]:

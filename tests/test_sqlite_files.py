@@ -19,8 +19,8 @@ from paraval import ParavalError
 from paraval.errors import CorruptStoreError, StorageError, WrongStoreError
 from paraval.storage import JobChange, JobRecord, UnknownIdError
 from paraval.storage.sqlite import SqliteStorage, layout, opening
-from paraval.storage.sqlite.database import _registry
 from paraval.storage.sqlite.filesystem import network_file_system
+from paraval.storage.sqlite.sharing import _registry
 from paraval.testing.comparing import fields, same
 from support import Program, in_threads, run_program
 
@@ -248,16 +248,16 @@ def test_the_layout_of_the_first_version_is_as_it_was(path: Path) -> None:
             for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         }
     assert columns == {
-        "searches": [("id", "INTEGER")],
+        "searches": [("id", "INTEGER"), ("token", "BLOB")],
         "search_values": [("search", "INTEGER"), ("key", "TEXT"), ("value", "BLOB")],
         "entries": [("changed", "INTEGER"), ("data", "BLOB")],
         "new_jobs": [
             *[("first", "INTEGER"), ("count", "INTEGER"), ("owner", "TEXT"), ("changed", "INTEGER")],
             ("seal", "INTEGER"),
         ],
-        "sums": [("jobs", "INTEGER"), ("places", "INTEGER")],
+        "sums": [("jobs", "INTEGER"), ("places", "INTEGER"), ("adopted", "INTEGER")],
         "places": [("job", "INTEGER"), ("changed", "INTEGER")],
-        "adopted": [("job", "INTEGER"), ("owner", "TEXT")],
+        "adopted": [("job", "INTEGER"), ("owner", "TEXT"), ("seal", "INTEGER")],
     }
 
 
@@ -559,7 +559,7 @@ def test_a_crash_while_a_store_is_made_is_no_damage(path: Path) -> None:
     [
         ("DELETE FROM entries WHERE changed = 64", "'0' cannot be read: its changes 1 to 64 are missing"),
         ("DELETE FROM entries WHERE changed = 120", "'0' cannot be read: its changes 65 to 120 are missing"),
-        ("DELETE FROM entries WHERE changed = 224", "search '0' lacks changes, or its indexes do"),
+        ("DELETE FROM entries WHERE changed = 224", "of search '0', the latest changes or jobs are missing"),
         (
             "UPDATE entries SET data = (SELECT data FROM entries WHERE changed = 184) WHERE changed = 220",
             "'0' cannot be read: the checksum of an entry is wrong",
@@ -568,7 +568,7 @@ def test_a_crash_while_a_store_is_made_is_no_damage(path: Path) -> None:
         ("UPDATE entries SET data = 'x' WHERE changed = 64", "an entry holds 'x' in place of bytes"),
         ("UPDATE entries SET data = data || x'80' WHERE changed = 64", "a text in it is none"),
         ("UPDATE entries SET data = CAST(data || x'00' AS BLOB) WHERE changed = 64", "checksum of an entry is wrong"),
-        ("DELETE FROM new_jobs WHERE first < 200", "of the 0 jobs of search '0', 120 are there"),
+        ("DELETE FROM new_jobs WHERE first < 200", "of search '0', the latest changes or jobs are missing"),
         ("UPDATE new_jobs SET count = 10 WHERE first = 64", "the latest jobs of search '0' is not what was written"),
         ("UPDATE new_jobs SET count = 'x' WHERE first = 64", "the latest jobs of search '0' is not what was written"),
         ("UPDATE new_jobs SET owner = 'x' WHERE first = 64", "the latest jobs of search '0' is not what was written"),
@@ -579,14 +579,22 @@ def test_a_crash_while_a_store_is_made_is_no_damage(path: Path) -> None:
         ("UPDATE places SET changed = 223 WHERE job = 5", "where jobs were changed is not what was written"),
         ("DELETE FROM places WHERE job = 5", "where jobs were changed is not what was written"),
         ("UPDATE sums SET places = 6 WHERE jobs = 0", "search '0' lacks changes, or its indexes do"),
-        ("DELETE FROM sums", "search '0' lacks changes, or its indexes do"),
+        ("DELETE FROM sums", r"of its searches, only \[0, 1\] are there"),
+        ("DELETE FROM sums WHERE jobs = 0", "search '0' lacks changes, or its indexes do"),
+        ("UPDATE sums SET places = 0 WHERE jobs = (1 << 34) - 1", "the latest changes or jobs are missing"),
+        ("UPDATE sums SET places = 'x' WHERE jobs = (1 << 34) - 1", "the latest changes or jobs are missing"),
+        ("DELETE FROM sums WHERE jobs = (1 << 34) - 1", "the latest changes or jobs are missing"),
         ("UPDATE places SET job = 119 WHERE job = 5", "where jobs were changed is not what was written"),
         ("DELETE FROM searches WHERE id = 0", r"of its searches, only \[1\] are there"),
         ("DELETE FROM searches WHERE id = 1", r"of its searches, only \[0\] are there"),
         ("UPDATE search_values SET value = 5", "the value 'key 0' of search '0' cannot be read"),
         ("UPDATE search_values SET value = zeroblob(50)", "the value 'key 0' of search '0' cannot be read"),
-        ("UPDATE leases SET owner = x'80'", "is damaged: it holds b'.x80' in place of str"),
-        ("UPDATE leases SET owner = CAST(x'80' AS TEXT)", "a text in it is none"),
+        ("UPDATE leases SET data = zeroblob(length(data))", "its leases cannot be read"),
+        ("UPDATE leases SET data = x''", "its leases cannot be read: it is cut short"),
+        ("UPDATE leases SET data = 'x'", "its leases cannot be read: it is 'x'"),
+        ("UPDATE leases SET data = CAST(x'80' AS TEXT)", "a text in it is none"),
+        ("DELETE FROM leases", "of its leases, there are 0 lists"),
+        ("INSERT INTO leases VALUES (x'')", "of its leases, there are 2 lists"),
         ("DROP TABLE places", "it lacks places, or has it in another form"),
         ("PRAGMA user_version = 0", "its layout is 0"),
     ],

@@ -135,7 +135,7 @@ def test_another_program_waits_no_longer_than_until_the_flush(storage: SqliteSto
             other.execute("BEGIN IMMEDIATE")
         end(storage, job_id)
         other.execute("BEGIN IMMEDIATE")  # between two of ours
-        other.execute("INSERT INTO searches VALUES (1)")
+        rows.add_search(other, b"token")
         storage.flush()
         other.execute("COMMIT")
     assert storage.search_ids() == ["0", "1"]
@@ -145,7 +145,7 @@ def test_another_program_that_writes_gets_its_turn(storage: SqliteStorage, path:
     with closing(sqlite3.connect(path, isolation_level=None, timeout=0, check_same_thread=False)) as other:
         end(storage, *new(storage))
         other.execute("BEGIN IMMEDIATE")
-        other.execute("INSERT INTO searches VALUES (1)")
+        rows.add_search(other, b"token")
 
         def commit() -> bool:
             try:
@@ -293,6 +293,14 @@ def test_numbers_that_another_has_taken_meanwhile_are_told(storage: SqliteStorag
     for job_id in lost:
         with pytest.raises(StorageError, match=r"jobs 0\.0 to 0\.1 could not be saved"):
             end(storage, job_id)
+    with SqliteStorage(path) as another:  # of the same process, on the same file
+        with pytest.raises(StorageError, match=r"jobs 0\.0 to 0\.1 could not be saved"):
+            end(another, lost[0])
+        storage.close()
+        with pytest.raises(StorageError, match=r"jobs 0\.0 to 0\.1 could not be saved"):
+            end(another, lost[1])
+    with pytest.raises(StorageError, match=r"jobs 0\.0 to 0\.1 could not be saved"):
+        end(storage, lost[1])  # opened anew by now
     assert [(record.owner, record.status) for record in storage.get(["0.0", "0.1"])] == [(None, 0), ("me", 0)]
 
 

@@ -1,10 +1,9 @@
-"""One file as this process has it open: a single connection, whose turn it is, and what happens at a fork."""
+"""One file as this process has it open: a single connection, and whose turn it is."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from paraval.errors import ParavalError, StorageError
 from paraval.storage.sqlite.failures import SQLITE_ERRORS, explained, leaves_doubt
-from paraval.storage.sqlite.opening import connect, locate, look
+from paraval.storage.sqlite.opening import connect, look
 from paraval.storage.sqlite.waiting import LockedError, until_free
 
 __all__ = ["ClosedError", "Database", "TakenError"]
@@ -30,8 +29,6 @@ _SHY_S: Final = 1.0
 """For so long after another program wrote, no transaction is left open."""
 _GRIP: Final = "SELECT name FROM sqlite_master"
 """Of which there are several, so that the statement is not over after the first."""
-_HURRY_S: Final = 1.0
-"""How long a fork waits for a file that is locked."""
 
 
 class ClosedError(StorageError):
@@ -70,7 +67,7 @@ class _Write(Generic[T]):
 
 
 class Database:
-    """A store's file, opened once in this process however many storages use it.
+    """A store's file, opened once in this process however many storages use it; sharing.py sees to that.
 
     Group commit: whoever writes puts the change into a queue and then takes the lock; whoever gets the lock makes all
     changes in the queue, in one transaction. So many writers share a commit, and a lone one pays for no other thread: a
@@ -85,12 +82,24 @@ class Database:
     go, SQLite closes the journal, then opens it anew and syncs its folder, a quarter of what a commit costs. Meanwhile
     others can read, and begin to write; as soon as one has begun, or at a :meth:`flush`, the grip is loosened.
 
-    Use :meth:`open`.
+    Args:
+        path: of the file.
+        identity: its device and inode, by which it is known that no other has taken its place.
+        patience_s: seconds to wait for another program that has it locked.
+
+    Attributes:
+        identity: as above.
+        users: how many storages use it. Once there is none it does nothing any more, as there may be another database
+            of the same file.
+        lost: what was given out in this process, was never written, and is another's by now. No more than that, and
+            nothing of it can ever be forgotten: whoever was given it may come back to it.
     """
 
     def __init__(self, path: Path, identity: tuple[int, int], patience_s: float) -> None:
+        self.users = 1
+        self.lost: dict[str, TakenError] = {}
         self._path = path
-        self._identity = identity
+        self.identity = identity
         self._patience_s = patience_s
         self._lock = threading.Lock()
         self._queue: deque[_Write[Any]] = deque()
@@ -103,62 +112,6 @@ class Database:
         self._met = -_SHY_S
         """When another program was last met that wrote."""
         self._connection: sqlite3.Connection | None = None
-        self._users = 1
-
-    @classmethod
-    def open(cls, path: Path, patience_s: float, *, may_create: bool) -> Database:
-        """Give the database of the file at this path, connected; :meth:`close` it once for each call of this.
-
-        Raises:
-            StorageError: as :func:`~paraval.storage.sqlite.opening.locate` and ``connect``.
-        """
-        with _registry_lock:
-            _close_dropped()
-            found = locate(path, may_create=may_create)
-            identity = (found.st_dev, found.st_ino)
-            if identity in _registry:
-                database = _registry[identity]
-                database._users += 1
-            else:
-                database = _registry[identity] = cls(path, identity, patience_s)
-        try:
-            database.connect()
-        except BaseException:
-            database.close()
-            raise
-        return database
-
-    def close(self) -> None:
-        """Close the file, if nobody else in this process uses it.
-
-        Raises:
-            StorageError: a promise could not be kept.
-        """
-        failure = None
-        try:
-            self.flush()
-        except ParavalError as exc:
-            failure = exc
-        with _registry_lock:
-            if not self._is_last_user():
-                return
-        with self._lock:
-            try:
-                if failure is not None and self._promises:
-                    raise failure
-                self._keep_promises()  # a thread may have been about to make one
-            finally:
-                self._disconnect()
-                self._promises.clear()
-
-    def drop(self) -> None:
-        """Close the file likewise, now or later: the garbage collector may call this anywhere, and must not wait."""
-        _dropped.append(self)
-        if _registry_lock.acquire(blocking=False):
-            try:
-                _close_dropped()
-            finally:
-                _registry_lock.release()
 
     @property
     def is_connected(self) -> bool:
@@ -259,6 +212,46 @@ class Database:
                     self._keep_promises()
                 finally:
                     self._loosen()
+
+    # -- for sharing.py ------------------------------------------------------------------------------------------------
+
+    def end(self, failure: ParavalError | None) -> None:
+        """Close the file, as nobody uses it any more.
+
+        Args:
+            failure: of a :meth:`flush`; it is raised if what failed is still to be done.
+
+        Raises:
+            StorageError: a promise could not be kept.
+        """
+        with self._lock:
+            try:
+                if failure is not None and self._promises:
+                    raise failure
+                self._keep_promises()  # a thread may have been about to make one
+            finally:
+                self._disconnect()
+                self._promises.clear()
+
+    def end_now(self) -> None:
+        """Do likewise, without waiting for anybody, where nobody is left who could be told of a failure."""
+        if self._lock.acquire(blocking=False):  # nobody is left who could hold it
+            self._keep_promises_or_say_so(0.0)
+            self._disconnect()
+            self._lock.release()
+
+    def suspend(self, patience_s: float) -> None:
+        """Close the file until :meth:`resume`; others wait meanwhile."""
+        self._lock.acquire()
+        self._keep_promises_or_say_so(patience_s)
+        self._disconnect()
+
+    def resume(self, *, is_child: bool) -> None:
+        """Go on after :meth:`suspend`, maybe as the child of who did."""
+        if is_child:
+            self._queue.clear()  # of threads that the child does not have
+            self._promises.clear()  # which its parent keeps
+        self._lock.release()
 
     # -- with the lock held --------------------------------------------------------------------------------------------
 
@@ -410,7 +403,7 @@ class Database:
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is None:
-            if self._users == 0:
+            if self.users == 0:
                 raise ClosedError(f"the store {str(self._path)!r} is closed")
             self._look()
             connection = connect(self._path, self._patience_s)
@@ -440,7 +433,7 @@ class Database:
         found = look(self._path)
         if found is None:
             raise StorageError(f"the store {str(self._path)!r} is gone: there is no such file any more")
-        if (found.st_dev, found.st_ino) != self._identity:
+        if (found.st_dev, found.st_ino) != self.identity:
             raise StorageError(f"the store {str(self._path)!r} was replaced by another file while it was in use")
 
     def _explained(self, exc: Exception) -> ParavalError:
@@ -451,60 +444,3 @@ class Database:
             except StorageError as better:
                 return better
         return explained(exc, self._path)
-
-    # -- with the lock of the registry held ----------------------------------------------------------------------------
-
-    def _is_last_user(self) -> bool:
-        self._users -= 1
-        if self._users == 0:
-            del _registry[self._identity]
-        return self._users == 0
-
-
-_registry: Final[dict[tuple[int, int], Database]] = {}
-"""The files that are open in this process, by device and inode.
-
-Two connections of one process to a file would be as good as two processes; but the locks of POSIX are a process's, and
-lost when any descriptor of the file is closed.
-"""
-_registry_lock: Final = threading.Lock()
-"""Nobody who holds it waits for the lock of a database, but for :func:`_before_fork`; so nobody who holds the lock of a
-database, in which the garbage collector may call anything, waits for it."""
-_dropped: Final[deque[Database]] = deque()
-
-
-def _close_dropped() -> None:
-    while _dropped:
-        database = _dropped.popleft()
-        if database._is_last_user() and database._lock.acquire(blocking=False):  # nobody is left who could hold it
-            database._keep_promises_or_say_so(0.0)
-            database._disconnect()
-            database._lock.release()
-
-
-# A child must not use what SQLite holds of its parent's files: neither the connection, nor the notes in the memory of
-# the process about the locks it has, as a child inherits no locks. So nothing is open while a process forks.
-
-
-def _before_fork() -> None:
-    _registry_lock.acquire()
-    for database in _registry.values():
-        database._lock.acquire()
-        database._keep_promises_or_say_so(_HURRY_S)
-        database._disconnect()
-
-
-def _after_fork() -> None:
-    for database in _registry.values():
-        database._lock.release()
-    _registry_lock.release()
-
-
-def _after_fork_in_child() -> None:
-    for database in _registry.values():
-        database._queue.clear()  # of threads that the child does not have
-        database._promises.clear()  # which its parent keeps
-    _after_fork()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -16,18 +16,16 @@ from zlib import crc32
 
 from paraval.errors import CorruptStoreError
 from paraval.storage.codec import (
-    decode,
     decode_changes,
     decode_ends,
     decode_records,
-    encode,
     encode_changes,
     encode_ends,
     encode_records,
 )
 from paraval.storage.records import JobChange, JobRecord
 
-__all__ = ["DamageError", "Draft", "History", "adoptions", "changes", "entry", "new_jobs", "sealed", "unsealed"]
+__all__ = ["DamageError", "Draft", "History", "adoptions", "changes", "entry", "new_jobs"]
 
 _NEW, _ENDS, _CHANGES, _ADOPTED = 1, 2, 3, 4
 _MOST: Final = 64
@@ -211,38 +209,3 @@ def _opened(changed: int, data: bytes) -> tuple[int, range | list[int], list[Any
     except CorruptStoreError as exc:
         raise DamageError(str(exc)) from exc
     raise DamageError(f"an entry is of kind {kind}, which only a later release of paraval knows")
-
-
-# -- values that are not a job's ---------------------------------------------------------------------------------------
-
-_VALUE_HEAD: Final = struct.Struct(">II")  # the length of what follows, and its checksum
-
-
-def sealed(value: Any, what: str) -> bytes:
-    """Write a value that is not a job's, with a checksum.
-
-    Raises:
-        UnstorableError: there is something in it that cannot be kept.
-    """
-    data = encode(value, what)
-    return _VALUE_HEAD.pack(len(data), crc32(data)) + data
-
-
-def unsealed(data: bytes) -> Any:
-    """Read what :func:`sealed` gave.
-
-    Raises:
-        DamageError: it is not as it was written.
-    """
-    if type(data) is not bytes:
-        raise DamageError(f"it is {data!r:.80}")
-    if len(data) < _VALUE_HEAD.size:
-        raise DamageError("it is cut short")
-    length, checksum = _VALUE_HEAD.unpack_from(data)
-    value = data[_VALUE_HEAD.size :]
-    if len(value) != length or crc32(value) != checksum:
-        raise DamageError("its checksum is wrong")
-    try:
-        return decode(value)
-    except CorruptStoreError as exc:
-        raise DamageError(str(exc)) from exc

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from paraval.errors import CorruptStoreError, WrongStoreError
+from paraval.storage.sqlite.values import NO_LEASES
 
 __all__ = ["APPLICATION_ID", "SCHEMA", "prepare"]
 
@@ -20,11 +21,15 @@ SCHEMA: Final = (
     # 1. All that is known of jobs is in ``entries``, to which is only ever added; entries.py reads them. ``changed`` is
     # the search times 2**40 plus the revision of the entry's last change; those of its other changes come before. A job
     # is the search times 2**40 plus its number. ``new_jobs`` says in which entry so many jobs, from the first on, were
-    # made, and who by (``seal`` is a checksum of that); ``places`` in which entries else a job is changed, and ``sums``
-    # is a sum over those of 64 jobs, by which is seen when one is missing; ``adopted`` says to whom a job was given
-    # since. The last entry and the last new job say what comes next, so there is no counter to keep in step.
+    # made, and who by; ``places`` in which entries else a job is changed; ``adopted`` to whom a job was given since.
+    # The last entry and the last new job say what comes next, so there is no counter to keep in step.
+    #
+    # Each ``seal`` is a checksum of its row. What is missing is seen by ``sums``: over the places of 64 jobs, and over
+    # the seals of those of them that were adopted. One row stands after all others of a search, where there can be no
+    # jobs, on the page that is written most of the time anyway: its ``places`` is how many changes of jobs there were,
+    # its ``adopted`` a sum over the search's values. ``token`` is by chance, and tells who made a search.
     (
-        "CREATE TABLE searches (id INTEGER PRIMARY KEY)",
+        "CREATE TABLE searches (id INTEGER PRIMARY KEY, token BLOB NOT NULL)",
         (
             "CREATE TABLE search_values (search INTEGER NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,"
             " PRIMARY KEY (search, key)) WITHOUT ROWID"
@@ -38,11 +43,14 @@ SCHEMA: Final = (
             "CREATE TABLE places (job INTEGER NOT NULL, changed INTEGER NOT NULL, PRIMARY KEY (job, changed))"
             " WITHOUT ROWID"
         ),
-        "CREATE TABLE sums (jobs INTEGER PRIMARY KEY, places INTEGER NOT NULL)",
-        "CREATE TABLE adopted (job INTEGER PRIMARY KEY, owner TEXT NOT NULL)",
+        "CREATE TABLE sums (jobs INTEGER PRIMARY KEY, places INTEGER NOT NULL, adopted INTEGER NOT NULL)",
+        "CREATE TABLE adopted (job INTEGER PRIMARY KEY, owner TEXT NOT NULL, seal INTEGER NOT NULL)",
     ),
-    # 2. ``ends`` is a time of the host's clock, in seconds since 1970; infinite for an owner that is there for good.
-    ("CREATE TABLE leases (owner TEXT PRIMARY KEY, ends REAL NOT NULL) WITHOUT ROWID",),
+    # 2. All leases are one row with a checksum, so that none can be missing unnoticed; values.py reads it.
+    (
+        "CREATE TABLE leases (data BLOB NOT NULL)",
+        f"INSERT INTO leases VALUES (x'{NO_LEASES.hex()}')",  # noqa: S608 - made of a constant
+    ),
 )
 """The statements of each version of the layout, the first first: a new store goes through all of them, an older one
 through those that it has not seen. What is here once released stays as it is; a new version is added below."""

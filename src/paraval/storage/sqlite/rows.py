@@ -19,21 +19,25 @@ from paraval.storage.base import UnknownIdError
 from paraval.storage.sqlite.entries import DamageError, Draft, entry
 
 __all__ = [
+    "BITS_OF_SUM",
+    "MADE",
     "Found",
     "Search",
     "add_jobs",
+    "add_search",
     "are_there",
+    "as_json",
     "change_jobs",
     "checked",
     "entries_of",
     "entries_since",
     "index_sums",
     "job_id",
-    "note_adopted",
     "numbers_in_one_search",
     "numbers_of",
-    "owned_by_others",
+    "seal_of",
     "search_ids",
+    "was_added",
 ]
 
 T = TypeVar("T")
@@ -42,7 +46,7 @@ _BITS: Final = 40
 """A row of a search is the search, shifted left by so many, plus the number of a job, or a revision."""
 _MOST: Final = 2**_BITS - 1
 """Of jobs in a search, and of changes."""
-_BITS_OF_SUM: Final = 6
+BITS_OF_SUM: Final = 6
 """A sum is over the jobs that differ in no more than so many."""
 _SEARCHES: Final = 2 ** (63 - _BITS)
 _MOST_BYTES: Final = 64_000_000
@@ -53,14 +57,15 @@ _MOST_CHANGES: Final = 2**20
 _DIGITS: Final = 13
 _FEW: Final = 10
 
-_SEARCH: Final = """
+_SEARCH: Final = f"""
 SELECT
-    (SELECT changed FROM entries WHERE changed BETWEEN :first AND :last ORDER BY changed DESC LIMIT 1), latest.*
+    (SELECT changed FROM entries WHERE changed BETWEEN :first AND :last ORDER BY changed DESC LIMIT 1),
+    (SELECT places FROM sums WHERE jobs = :last >> {BITS_OF_SUM}), latest.*
 FROM searches LEFT JOIN (
     SELECT first, count, owner, changed, seal FROM new_jobs
     WHERE first BETWEEN :first AND :last ORDER BY first DESC LIMIT 1
 ) AS latest WHERE id = :search
-"""
+"""  # noqa: S608 - made of constants
 _ADD_ENTRIES: Final = """
 INSERT INTO entries
 SELECT
@@ -74,7 +79,7 @@ SELECT
     json_extract(value, '$[3]')
 FROM json_each(:where)
 """
-_MADE: Final = "(SELECT {} FROM new_jobs WHERE first <= {} ORDER BY first DESC LIMIT 1)"
+MADE: Final = "(SELECT {} FROM new_jobs WHERE first <= {} ORDER BY first DESC LIMIT 1)"
 # Each number of the array is that of the job, plus 2**40 times that of the change.
 _NEW_PLACES: Final = f"""
 SELECT :first + (value & {_MOST}) AS job, :before + (value >> {_BITS}) AS changed FROM json_each(:where)
@@ -83,39 +88,28 @@ _ADD_PLACES: Final = f"INSERT INTO places {_NEW_PLACES}"
 _SUM: Final = f"sum(3 * (job & {_MOST}) + (changed & {_MOST}))"
 """Over places: no bit of any can change and leave it the same."""
 _ADD_SUMS: Final = f"""
-INSERT INTO sums SELECT job >> {_BITS_OF_SUM}, {_SUM} FROM ({_NEW_PLACES}) GROUP BY 1
+INSERT INTO sums SELECT job >> {BITS_OF_SUM}, {_SUM}, 0 FROM ({_NEW_PLACES}) GROUP BY 1
 ON CONFLICT (jobs) DO UPDATE SET places = places + excluded.places
-"""  # noqa: S608 - likewise
-_HAS_OTHERS: Final = f"""
-SELECT
-    EXISTS (SELECT 1 FROM adopted WHERE job BETWEEN :low AND :high) OR EXISTS (
-        SELECT 1 FROM new_jobs
-        WHERE first BETWEEN {_MADE.format("first", ":low")} AND :high AND owner IS NOT :owner
-    )
-"""  # noqa: S608 - likewise
-_OTHERS: Final = f"""
-SELECT value FROM json_each(:jobs)
-WHERE ifnull((SELECT owner FROM adopted WHERE job = value), {_MADE.format("owner", "value")}) IS NOT :owner
 """  # noqa: S608 - likewise
 _SINCE: Final = """
 SELECT changed, data FROM entries WHERE changed > :since AND changed <= :last ORDER BY changed LIMIT :limit
 """
 _PLACES: Final = f"""
-SELECT {_MADE.format("changed", "value")} FROM json_each(:jobs)
+SELECT {MADE.format("changed", "value")} FROM json_each(:jobs)
 UNION SELECT changed FROM places WHERE job IN (SELECT value FROM json_each(:jobs))
 """  # noqa: S608 - likewise
 _LACKS_PLACES: Final = f"""
 SELECT EXISTS (
-    SELECT 1 FROM (SELECT DISTINCT value >> {_BITS_OF_SUM} AS some FROM json_each(:jobs))
+    SELECT 1 FROM (SELECT DISTINCT value >> {BITS_OF_SUM} AS some FROM json_each(:jobs))
     WHERE (SELECT places FROM sums WHERE jobs = some) IS NOT (
         SELECT {_SUM} FROM places
-        WHERE job BETWEEN some << {_BITS_OF_SUM} AND (some << {_BITS_OF_SUM}) + {2**_BITS_OF_SUM - 1}
+        WHERE job BETWEEN some << {BITS_OF_SUM} AND (some << {BITS_OF_SUM}) + {2**BITS_OF_SUM - 1}
     )
 )
 """  # noqa: S608 - likewise
 _SUMS: Final = f"""
 SELECT
-    (SELECT ifnull(sum(places), 0) FROM sums WHERE jobs BETWEEN :first >> {_BITS_OF_SUM} AND :last >> {_BITS_OF_SUM}),
+    (SELECT ifnull(sum(places), 0) FROM sums WHERE jobs >= :first >> {BITS_OF_SUM} AND jobs < :last >> {BITS_OF_SUM}),
     count(*), ifnull(sum(first & {_MOST}), 0), ifnull(sum(count), 0), ifnull(sum(changed & {_MOST}), 0)
 FROM new_jobs WHERE first BETWEEN :first AND :last
 """  # noqa: S608 - likewise
@@ -153,21 +147,33 @@ class Search(NamedTuple):
             found = connection.execute(_SEARCH, {"search": number, "first": first, "last": first + _MOST}).fetchone()
         if found is None:
             known = search_ids(connection)
+            if search_id in known:
+                raise DamageError(f"search {search_id!r} is there, and not found")
             there = str(known or "none") if len(known) <= _FEW else f"{len(known)}, from '0' on"
             raise UnknownIdError(f"no search {search_id!r:.80} in this storage; it has {there}")
-        last_change, *latest = found
+        last_change, num_changes, *latest = found
         first = next_job = number << _BITS
         if latest[0] is not None:
             next_job, count, _, _, seal = latest
-            if seal != _seal_of(*latest[:-1]):
+            if seal != seal_of(*latest[:-1]):
                 raise DamageError(f"what it says of the latest jobs of search {search_id!r} is not what was written")
             next_job += count
-        return cls(number, next_job, first if last_change is None else last_change)
+        if last_change is None:
+            last_change = first
+        # Adding a job is a change as well.
+        if type(num_changes) is not int or last_change != next_job + num_changes:
+            raise DamageError(f"of search {search_id!r}, the latest changes or jobs are missing")
+        return cls(number, next_job, last_change)
 
     @property
     def first(self) -> int:
         """The row of its first job, and the one before that of its first change."""
         return self.number << _BITS
+
+    @property
+    def end(self) -> int:
+        """The row of its sums that is after all of those of its jobs."""
+        return _end(self.number)
 
     @property
     def size(self) -> int:
@@ -201,10 +207,39 @@ def search_ids(connection: sqlite3.Connection) -> list[str]:
         DamageError: one is missing.
     """
     found = [number for (number,) in connection.execute("SELECT id FROM searches ORDER BY id")]
-    last = connection.execute("SELECT changed FROM entries ORDER BY changed DESC LIMIT 1").fetchone()
-    if found != list(range(len(found))) or (last is not None and last[0] >> _BITS >= len(found)):
+    if found != list(range(_count_searches(connection))):
         raise DamageError(f"of its searches, only {found} are there")
     return [str(number) for number in found]
+
+
+def add_search(connection: sqlite3.Connection, token: bytes) -> int:
+    """Add a search; give its number. By the token :func:`was_added` tells it from others of this number.
+
+    Raises:
+        DamageError: those that are there already are not those that were made.
+    """
+    number = _count_searches(connection)
+    ((last,),) = connection.execute("SELECT max(id) FROM searches")
+    if number != (0 if last is None else last + 1):
+        raise DamageError(f"of its {number} searches, the last is {last}")
+    connection.execute("INSERT INTO searches VALUES (?, ?)", (number, token))
+    connection.execute("INSERT INTO sums VALUES (?, 0, 0)", (_end(number),))
+    return number
+
+
+def was_added(connection: sqlite3.Connection, number: int, token: bytes) -> bool:
+    """Whether the search of this number is the one that was added with this token."""
+    return connection.execute("SELECT token FROM searches WHERE id = ?", (number,)).fetchall() == [(token,)]
+
+
+def _count_searches(connection: sqlite3.Connection) -> int:
+    """Tell from the sums how many there should be: each has a row, which is after all rows of those before."""
+    ((last,),) = connection.execute("SELECT max(jobs) FROM sums")
+    return 0 if last is None else (last >> (_BITS - BITS_OF_SUM)) + 1
+
+
+def _end(number: int) -> int:
+    return (number + 1 << _BITS - BITS_OF_SUM) - 1
 
 
 # -- ids ---------------------------------------------------------------------------------------------------------------
@@ -258,8 +293,8 @@ def add_jobs(connection: sqlite3.Connection, search: Search, owner: str | None, 
             first, size = search.next_job + end, draft.size
             end += size
             changed = search.last_change + end
-            where.append((first, size, changed, _seal_of(first, size, owner, changed)))
-        connection.execute(_ADD_JOBS, {"owner": owner, "where": _json(where)})
+            where.append((first, size, changed, seal_of(first, size, owner, changed)))
+        connection.execute(_ADD_JOBS, {"owner": owner, "where": as_json(where)})
         _add_entries(connection, search, some)
         search = Search(search.number, search.next_job + end, search.last_change + end)
     return search
@@ -279,9 +314,10 @@ def change_jobs(connection: sqlite3.Connection, search: Search, drafts: Sequence
             end += draft.size
             place = end << _BITS
             where += [place | number for number in dict.fromkeys(draft.numbers)]
-        given = {"first": search.first, "before": search.last_change, "where": _json(where)}
+        given = {"first": search.first, "before": search.last_change, "where": as_json(where)}
         connection.execute(_ADD_PLACES, given)
         connection.execute(_ADD_SUMS, given)
+        connection.execute("UPDATE sums SET places = places + ? WHERE jobs = ?", (end, search.end))
         _add_entries(connection, search, some)
         search = search._replace(last_change=search.last_change + end)
     return search
@@ -294,7 +330,7 @@ def _add_entries(connection: sqlite3.Connection, search: Search, drafts: Sequenc
         datas.append(data)
         where.append((revision, place, len(data)))
         place += len(data)
-    given = {"first": search.first, "blob": b"".join(datas), "where": _json(where)}
+    given = {"first": search.first, "blob": b"".join(datas), "where": as_json(where)}
     connection.execute(_ADD_ENTRIES, given)
 
 
@@ -307,7 +343,8 @@ def _entries(search: Search, drafts: Sequence[Draft]) -> Iterator[tuple[int, byt
         size += draft.size
 
 
-def _seal_of(first: int, count: int, owner: str | None, changed: int) -> int:
+def seal_of(first: int, count: int, owner: str | None, changed: int) -> int:
+    """Give the checksum of what is said of new jobs, or with nothing but the job and the owner, of one adopted."""
     try:
         numbers = _SEALED.pack(first, count, changed)
         return crc32(b"" if owner is None else b"/" + owner.encode("utf-8", "surrogatepass"), crc32(numbers))
@@ -316,26 +353,6 @@ def _seal_of(first: int, count: int, owner: str | None, changed: int) -> int:
 
 
 _SEALED: Final = struct.Struct(">QQQ")
-
-
-def note_adopted(connection: sqlite3.Connection, search: Search, numbers: Sequence[int], owner: str) -> None:
-    """Note who has jobs from now on."""
-    jobs = _json([search.first + number for number in numbers])
-    connection.execute("REPLACE INTO adopted SELECT value, ? FROM json_each(?)", (owner, jobs))
-
-
-def owned_by_others(
-    connection: sqlite3.Connection, search: Search, numbers: Sequence[int], owner: str
-) -> frozenset[int]:
-    """Give the numbers of those of these jobs that are not this owner's."""
-    low, high = search.first + min(numbers), search.first + max(numbers)
-    # Mostly all that are near are, which can be seen without a look at each.
-    ((has_others,),) = connection.execute(_HAS_OTHERS, {"low": low, "high": high, "owner": owner})
-    if not has_others:
-        return frozenset()
-    jobs = _json([search.first + number for number in numbers])
-    found = connection.execute(_OTHERS, {"jobs": jobs, "owner": owner})
-    return frozenset(row - search.first for (row,) in found)
 
 
 def _parts(drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:
@@ -351,7 +368,8 @@ def _parts(drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:
         yield drafts[start:]
 
 
-def _json(values: Sequence[Any]) -> str:
+def as_json(values: Sequence[Any]) -> str:
+    """Give what a statement takes apart with ``json_each``."""
     return msgspec.json.encode(values).decode()
 
 
@@ -371,9 +389,9 @@ def entries_of(connection: sqlite3.Connection, search: Search, numbers: Sequence
     Raises:
         DamageError: one is missing.
     """
-    jobs = _json([search.first + number for number in numbers])
+    jobs = as_json([search.first + number for number in numbers])
     places = [checked(place, int) for (place,) in connection.execute(_PLACES, {"jobs": jobs}).fetchall()]
-    found = _found(search, connection.execute(_AT, (_json(places),)))
+    found = _found(search, connection.execute(_AT, (as_json(places),)))
     if len(found) != len(places):
         raise DamageError(f"of {len(places)} entries, {len(found)} are there")
     ((lacks_places,),) = connection.execute(_LACKS_PLACES, {"jobs": jobs})

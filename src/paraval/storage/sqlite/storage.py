@@ -18,10 +18,12 @@ from typing import Any, Final, Self, TypeVar
 from paraval.errors import BadValueError, CorruptStoreError, WrongTypeError
 from paraval.storage.base import Storage, UnknownIdError
 from paraval.storage.records import JobChange, JobRecord, adopt
-from paraval.storage.sqlite import entries, rows
+from paraval.storage.sqlite import entries, rows, values
 from paraval.storage.sqlite.database import ClosedError, Database, TakenError
-from paraval.storage.sqlite.entries import DamageError, Draft, History, sealed, unsealed
+from paraval.storage.sqlite.entries import DamageError, Draft, History
+from paraval.storage.sqlite.owners import note_adopted, owned_by_others
 from paraval.storage.sqlite.rows import Found, Search
+from paraval.storage.sqlite.sharing import close_database, drop_database, open_database
 
 __all__ = ["SqliteStorage"]
 
@@ -57,9 +59,9 @@ class SqliteStorage(Storage):
         folder, name = os.path.split(text)
         self._path = Path(os.path.realpath(folder), name)
         self._timeout = timeout
-        self._lost: list[tuple[int, range, TakenError]] = []
+        self._lost: dict[str, TakenError] = {}
         self._database: Database | None = None
-        self._use(Database.open(self._path, timeout, may_create=True))
+        self._use(open_database(self._path, timeout, may_create=True))
 
     def __repr__(self) -> str:
         return f"SqliteStorage({str(self._path)!r})"
@@ -70,7 +72,7 @@ class SqliteStorage(Storage):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._path, self._timeout = state["path"], state["timeout"]
-        self._lost = []
+        self._lost = {}
         self._database = None
 
     # -- connection ----------------------------------------------------------------------------------------------------
@@ -95,47 +97,51 @@ class SqliteStorage(Storage):
             if database is not None:
                 self._finalizer.detach()
         if database is not None:
-            database.close()
+            close_database(database)
 
     def _opened(self) -> Database:
         database = self._database
         if database is None:
             with _using:
-                database = self._database or self._use(Database.open(self._path, self._timeout, may_create=False))
+                database = self._database or self._use(open_database(self._path, self._timeout, may_create=False))
         return database
 
     def _use(self, database: Database) -> Database:
-        self._database = database
-        self._finalizer = weakref.finalize(self, database.drop)
+        database.lost.update(self._lost)  # of those that it used before
+        self._database, self._lost = database, database.lost
+        self._finalizer = weakref.finalize(self, drop_database, database)
         return database
 
     # -- searches ------------------------------------------------------------------------------------------------------
 
     def new_search(self) -> str:
-        return str(self._write(lambda connection: connection.execute(_NEW_SEARCH).lastrowid))
+        token = os.urandom(8)
+        add, is_there = partial(rows.add_search, token=token), partial(rows.was_added, token=token)
+        return str(self._write(add, is_there))
 
     def search_ids(self) -> list[str]:
         return self._read(rows.search_ids)
 
     def put_value(self, search_id: str, key: str, value: Any) -> None:
-        data = sealed(value, "value")
+        data = values.sealed(value, "value", values.place_of(search_id, key))
 
         def call(connection: sqlite3.Connection) -> None:
-            search = Search.look_up(connection, search_id)
-            connection.execute("REPLACE INTO search_values VALUES (?, ?, ?)", (search.number, key, data))
+            values.keep_value(connection, Search.look_up(connection, search_id), key, data)
 
-        self._write(call)
+        def is_there(connection: sqlite3.Connection, _: None) -> bool:
+            return values.find_value(connection, Search.look_up(connection, search_id), key) == data
+
+        self._write(call, is_there)
 
     def get_value(self, search_id: str, key: str) -> Any:
-        def call(connection: sqlite3.Connection) -> list[tuple[bytes]]:
-            place = (Search.look_up(connection, search_id).number, key)
-            return connection.execute("SELECT value FROM search_values WHERE search = ? AND key = ?", place).fetchall()
+        def call(connection: sqlite3.Connection) -> bytes | None:
+            return values.find_value(connection, Search.look_up(connection, search_id), key)
 
         found = self._read(call)
-        if not found:
+        if found is None:
             raise UnknownIdError(f"no value {key!r} in search {search_id!r}")
         try:
-            return unsealed(found[0][0])
+            return values.unsealed(found, values.place_of(search_id, key))
         except DamageError as exc:
             raise self._damaged(f"the value {key!r} of search {search_id!r} cannot be read: {exc}") from exc
 
@@ -155,20 +161,24 @@ class SqliteStorage(Storage):
             new.number(records, self._write(new.add, new.is_there))
             return
 
-        path, lost = self._path, self._lost  # and not the storage itself, which may be dropped before
+        path = self._path  # and not the storage itself, which may be dropped before
 
-        def again(before: Search) -> Callable[[sqlite3.Connection], object]:
-            def call(connection: sqlite3.Connection) -> None:
-                if Search.look_up(connection, search_id).next_job == before.next_job:
-                    new.add(connection)
-                elif not new.is_there(connection, before):
-                    numbers = range(before.size, before.size + new.count)
-                    lost.append((before.number, numbers, error := _taken(path, before, numbers)))
-                    raise error
+        def add(database: Database) -> Search:
+            def again(before: Search) -> Callable[[sqlite3.Connection], object]:
+                def call(connection: sqlite3.Connection) -> None:
+                    if Search.look_up(connection, search_id).next_job == before.next_job:
+                        new.add(connection)
+                    elif not new.is_there(connection, before):
+                        job_ids = [rows.job_id(before, before.size + index) for index in range(new.count)]
+                        error = _taken(path, job_ids)
+                        database.lost.update(dict.fromkeys(job_ids, error))
+                        raise error
 
-            return call
+                return call
 
-        new.number(records, self._do(lambda database: database.write_soon(new.add, again, new.is_there)))
+            return database.write_soon(new.add, again, new.is_there)
+
+        new.number(records, self._do(add))
 
     def flush(self) -> None:
         database = self._database
@@ -218,40 +228,48 @@ class SqliteStorage(Storage):
             if len(some) < limit:
                 break
             limit *= 2
+        last = entries[-1].revision if entries else since
+        if last < search.revision or (entries and last > search.revision):
+            raise self._damaged(f"the last of the changes of search {search_id!r} is {search.revision}, and not {last}")
         try:
-            history = _replayed(entries, since)
-            if history.unknown:  # they are older
-                older = self._read(lambda connection: rows.entries_of(connection, search, list(history.unknown)))
-                history = _replayed(entries, since, [one for one in older if one.revision <= since], history.unknown)
+            history = self._replayed(search, entries, since)
         except DamageError as exc:
             raise self._damaged(f"search {search_id!r} cannot be read: {exc}") from exc
-        records = history.records
         if since == 0:
-            if len(records) != search.size:
-                raise self._damaged(f"of the {search.size} jobs of search {search_id!r}, {len(records)} are there")
+            if len(history.records) != search.size:
+                found = len(history.records)
+                raise self._damaged(f"of the {search.size} jobs of search {search_id!r}, {found} are there")
             if history.sums != sums:
                 raise self._damaged(f"search {search_id!r} lacks changes, or its indexes do")
-        for number, record in records.items():
+        for number, record in history.records.items():
             record.id = rows.job_id(search, number)
-        return [record for record in records.values() if record.revision > since], search.revision
+        return [record for record in history.records.values() if record.revision > since], search.revision
+
+    def _replayed(self, search: Search, entries: list[Found], since: int) -> History:
+        history = _replayed(entries, since)
+        if history.unknown:  # they are older
+            older = self._read(lambda connection: rows.entries_of(connection, search, list(history.unknown)))
+            history = _replayed(entries, since, [one for one in older if one.revision <= since], history.unknown)
+        if history.unknown:
+            raise DamageError(f"it lacks what {len(history.unknown)} jobs were before")
+        return history
 
     # -- leases: by the clock of the host, which is one for all who can share a file -----------------------------------
 
     def renew(self, owner: str, seconds: float) -> None:
-        def call(connection: sqlite3.Connection) -> None:
+        def call(connection: sqlite3.Connection) -> dict[str, float]:
             now = time.time()
-            connection.execute("DELETE FROM leases WHERE owner = ? OR ends <= ?", (owner, now))
+            leases = {one: ends for one, ends in values.read_leases(connection).items() if ends > now and one != owner}
             if seconds > 0:
-                connection.execute("INSERT INTO leases VALUES (?, ?)", (owner, now + seconds))
+                leases[owner] = now + seconds
+            values.write_leases(connection, leases)
+            return leases
 
-        self._write(call)
+        self._write(call, lambda connection, leases: values.read_leases(connection) == leases)
 
     def owners(self) -> set[str]:
-        def call(connection: sqlite3.Connection) -> set[str]:
-            found = connection.execute("SELECT owner FROM leases WHERE ends > ?", (time.time(),))
-            return {rows.checked(owner, str) for (owner,) in found}
-
-        return self._read(call)
+        leases, now = self._read(values.read_leases), time.time()
+        return {owner for owner, ends in leases.items() if ends > now}
 
     def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
         wanted = {rows.numbers_of(job_id): (job_id, revision) for job_id, revision in revisions.items()}
@@ -271,7 +289,7 @@ class SqliteStorage(Storage):
                 if numbers:
                     written.append((search, drafts := entries.adoptions(numbers, records)))
                     rows.change_jobs(connection, search, drafts)
-                    rows.note_adopted(connection, search, numbers, owner)
+                    note_adopted(connection, search, numbers, owner)
             return written, adopted
 
         return self._write(call, lambda connection, result: _is_written(connection, result[0]))[1]
@@ -302,17 +320,16 @@ class SqliteStorage(Storage):
 
     def _refuse_lost(self, changes: Sequence[JobChange]) -> None:
         """Raise if a change is of a job that was given a number and never saved: the job of this number is another."""
-        for search, number in [rows.numbers_of(change.id) for change in changes]:
-            for in_search, lost, error in self._lost:
-                if search == in_search and number in lost:
-                    raise TakenError(str(error))
+        for change in changes:
+            if change.id in self._lost:
+                raise TakenError(str(self._lost[change.id]))
 
     def _damaged(self, how: str) -> CorruptStoreError:
         return CorruptStoreError(f"the store {str(self._path)!r} is damaged: {how}; take a copy of it from before")
 
 
-def _taken(path: Path, search: Search, numbers: range) -> TakenError:
-    first, last = rows.job_id(search, numbers[0]), rows.job_id(search, numbers[-1])
+def _taken(path: Path, job_ids: Sequence[str]) -> TakenError:
+    first, last = job_ids[0], job_ids[-1]
     which = f"job {first}" if first == last else f"jobs {first} to {last}"
     return TakenError(
         f"{which} could not be saved when the store {str(path)!r} failed, and by now another program has jobs of these "
@@ -325,7 +342,7 @@ _Written = list[tuple[Search, list[Draft]]]
 
 
 def _is_written(connection: sqlite3.Connection, written: _Written) -> bool:
-    return bool(written) and all(rows.are_there(connection, before, drafts) for before, drafts in written)
+    return all(rows.are_there(connection, before, drafts) for before, drafts in written)
 
 
 class _New:
@@ -389,7 +406,7 @@ class _Changes:
     def drafts_for(self, connection: sqlite3.Connection, search: Search) -> list[Draft]:
         """Give what is to be written; what others own by now is left out."""
         drafts, by = self._drafts, self._by
-        if by is not None and (others := rows.owned_by_others(connection, search, self._numbers, by)):
+        if by is not None and (others := owned_by_others(connection, search, self._numbers, by)):
             for _, found in _find(connection, [(self.search, number) for number in others]):
                 for record in found.values():
                     if record.owner == by:
@@ -472,7 +489,6 @@ def _replayed(
     return history
 
 
-_NEW_SEARCH: Final = "INSERT INTO searches SELECT ifnull(max(id) + 1, 0) FROM searches"
 _FIRST_STEP: Final = 100
 _LARGE: Final = 4_000_000
 """Bytes of new jobs that are written at once, as SQLite could not keep them in memory until later."""

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 import anyio
+import anyio.lowlevel
 
 from paraval import checks, registry
 from paraval.backends.base import Backend, Cancellation, RunSpec
@@ -46,7 +47,7 @@ from paraval.errors import (
 )
 from paraval.functions import name_of
 from paraval.job import HPOJob, Job, JobContext
-from paraval.loops import Loop, call_in_common_thread
+from paraval.loops import Event, Loop, call_in_common_thread, to_the_end
 from paraval.reference_names import ReferenceNames
 from paraval.storage import MemoryStorage, Storage, UnknownIdError
 from paraval.storage.writer import Writer
@@ -211,7 +212,14 @@ class Evaluator(ReferenceNames, abc.ABC):
             execute=_execute_of(self) if overridden else None,
         )
         patience = self._spec.kill_grace + (_CLOSE_S if self._writer is None else _CLOSE_SLOWLY_S)
-        self._life = Lifecycle(functools.partial(Engine, settings), settings.prepare, self._ledger, patience)
+        writer = self._writer
+        self._life = Lifecycle(
+            functools.partial(Engine, settings),
+            settings.prepare,
+            self._ledger,
+            patience,
+            settles_here=lambda: writer is not None and writer.is_here,
+        )
 
         self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
         if self._writer is not None and self._backend.is_on_home_loop:
@@ -304,6 +312,8 @@ class Evaluator(ReferenceNames, abc.ABC):
         waiting = checks.configurations(args_list)
         while waiting:
             await self._life.wait_until_closed()
+            if self._intake.is_slow:
+                await anyio.lowlevel.checkpoint_if_cancelled()  # from here on there is no way back
             room = self._ledger.reserve(len(waiting), self._max_pending)
             if room:
                 await self._launch_async(waiting[:room])
@@ -311,10 +321,22 @@ class Evaluator(ReferenceNames, abc.ABC):
             else:
                 await self._ledger.wait_async(self._has_room, self._life.check_from_here)
 
-    async def _launch_async(self, configurations: list[Args], private: Callable[[], object] | None = None) -> list[Job]:
-        if self._intake.is_slow:  # whole, in a thread: a cancellation must not come between recording and launching
-            return await call_in_common_thread(self._intake.launch, configurations, private)
-        return self._intake.launch(configurations, private)
+    async def _launch_async(
+        self, configurations: list[Args], private: Callable[[], object] | None = None, launched: list[Job] | None = None
+    ) -> None:
+        """Launch jobs; they are added to ``launched``, also where a cancellation is raised in the end."""
+
+        async def launch() -> None:
+            jobs = await call_in_common_thread(self._intake.launch, configurations, private)
+            if launched is not None:
+                launched.extend(jobs)
+
+        if self._intake.is_slow:  # to the end: a cancellation must not come between recording and launching
+            await to_the_end(launch)
+            return
+        jobs = self._intake.launch(configurations, private)
+        if launched is not None:
+            launched.extend(jobs)
 
     def _refuse_submission(self) -> None:
         self._life.refuse_after_fork()
@@ -434,22 +456,27 @@ class Evaluator(ReferenceNames, abc.ABC):
         ended = Loop.running().event()
         taken = checks.configuration(args)
         self._ledger.reserve(1, None)  # its caller waits anyway: back-pressure would gain nothing
-        with anyio.CancelScope(shield=True):
-            (job,) = await self._launch_async([taken], waker(ended))
+        launched: list[Job] = []
         try:
+            await self._launch_async([taken], waker(ended), launched)
             await until_set(ended, self._life.check_from_here)
         except EvaluatorClosedError:
             raise  # nobody is left to cancel it
         except BaseException:
-            if not job.status.is_terminal:
-                self._cancel(job, "its caller was cancelled")
-                with anyio.CancelScope(shield=True):
-                    await ended.wait()
-            await self._gathered.add_async([job], are_private=True)  # by nobody else, ever
+            for job in launched:
+                await self._call_off(job, ended)
             raise
+        (job,) = launched
         self._refuse_lost(job)
         await self._gathered.add_async([job], are_private=True)
         return self._raise_failures([job])[0]
+
+    async def _call_off(self, job: Job, ended: Event) -> None:
+        if not job.status.is_terminal:
+            self._cancel(job, "its caller was cancelled")
+            with contextlib.suppress(EvaluatorClosedError):  # nobody is left to cancel it
+                await to_the_end(functools.partial(until_set, ended, self._life.check_from_here))
+        await self._gathered.add_async([job], are_private=True)  # by nobody else, ever
 
     def _cancel(self, job: Job, message: str) -> None:
         engine = self._life.engine
@@ -494,12 +521,19 @@ class Evaluator(ReferenceNames, abc.ABC):
     async def aclose(self) -> list[Job]:
         """Do as :meth:`close` does without blocking the loop."""
         self._life.refuse_after_fork()
-        with anyio.CancelScope(shield=True):
-            cancelled = await self._life.aclose()
-            if self._callbacks or self._intake.is_slow:
-                await call_in_common_thread(self._closed, cancelled)
-            else:
-                self._closed(cancelled)
+        return await to_the_end(self._aclose)
+
+    async def _aclose(self) -> list[Job]:
+        cancelled: list[Job] = []
+        try:
+            await self._life.aclose(cancelled)
+        except BaseException:  # the loop ends, and with it this task
+            self._closed(cancelled)
+            raise
+        if self._callbacks or self._intake.is_slow:
+            await call_in_common_thread(self._closed, cancelled)
+        else:
+            self._closed(cancelled)
         return cancelled
 
     def _closed(self, cancelled: list[Job]) -> list[Job]:
@@ -533,19 +567,21 @@ class Evaluator(ReferenceNames, abc.ABC):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        await to_the_end(self._leave)
+
+    async def _leave(self) -> None:
         try:
-            await self.aclose()
+            await self._aclose()
         finally:
             await self._life.exit()
 
     def __del__(self) -> None:
         life = self.__dict__.get("_life")  # missing when the constructor raised
-        if life is not None and life.is_open_in_thread and life.engine is not None:
+        if life is not None and life.is_open:
             try:
                 _warn_unclosed(self)  # where warnings are errors, it raises
             finally:
-                with contextlib.suppress(ParavalError):
-                    life.engine.stop()
+                life.drop()
 
     # -- time and limits -----------------------------------------------------------------------------------------------
 
@@ -760,7 +796,7 @@ def _close_at_exit() -> None:
     with contextlib.ExitStack() as stack:  # where warnings are errors, a warning must not keep the next from closing
         for evaluator in list(_alive):
             engine = evaluator._life.engine
-            if evaluator._life.is_open_in_thread and engine is not None:
+            if evaluator._life.is_open and engine is not None:
                 evaluator._spec.kill_grace = min(evaluator._spec.kill_grace, 1.0)
                 with contextlib.suppress(ParavalError):
                     engine.stop()  # all of them at once: each may need its grace

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar
 
 import anyio
@@ -19,7 +19,7 @@ from anyio.lowlevel import RunVar, current_token
 
 from paraval.errors import EvaluatorClosedError
 
-__all__ = ["Doorbell", "Event", "Loop", "call_in_common_thread", "call_in_thread"]
+__all__ = ["Doorbell", "Event", "Loop", "call_in_common_thread", "call_in_thread", "to_the_end"]
 
 _logger = logging.getLogger("paraval")
 
@@ -55,6 +55,30 @@ async def call_in_common_thread(function: Callable[..., T], *args: Any) -> T:
     return await anyio.to_thread.run_sync(function, *args, limiter=limiter)
 
 
+async def to_the_end(function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Await a call to its end, whatever cancels the caller; the cancellation goes on up after that.
+
+    anyio's shield keeps out what its scopes cancel. asyncio's own ``task.cancel()``, which is how ``asyncio.timeout``,
+    a Ctrl-C and a loop's end come, goes through any shield: there the call has a task of its own, which only the end of
+    the loop cancels.
+    """
+    cancellation: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        if not Loop.running().is_asyncio:
+            return await function()
+        task = asyncio.ensure_future(function())
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as exc:
+                cancellation = exc
+    if cancellation is None:
+        return task.result()
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        raise cancellation from failure
+    raise cancellation
+
+
 _common: Final[RunVar[anyio.CapacityLimiter | None]] = RunVar("paraval_common_threads")
 
 
@@ -88,7 +112,11 @@ class _Turn:
         self._is_set = True
         future = self._future
         if future is not None and not future.done():  # done: its waiter was cancelled
-            future.set_result(None)
+            try:
+                future.set_result(None)
+            except RuntimeError:  # the loop is closed: it will never run who waits
+                if not self._loop.is_closed():
+                    raise
 
     async def wait(self) -> None:
         if not self._is_set:

@@ -7,7 +7,7 @@ import contextlib
 import pickle
 import selectors
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Final
 
 import anyio
@@ -41,8 +41,9 @@ class Channel:
     _loop: Loop | None = None
     _arrival: Event | None = None
     _watching: asyncio.AbstractEventLoop | None = None
-    is_bulky = False
-    """Whether the last read found as much as it could take."""
+    largest = 0
+    """Bytes of the largest frame that has come."""
+    is_resting = False
 
     async def send(self, frame: bytes) -> None:
         """Send a frame.
@@ -112,11 +113,21 @@ class Channel:
         watching = self._watching
         if watching is not None:
             watching.remove_reader(self._source)
+        self.is_resting = True
         try:
             await loop.sleep(seconds)
         finally:
+            self.is_resting = False
             if watching is not None and self._watching is watching:
                 watching.add_reader(self._source, self._read)
+
+    def look(self, kinds: Container[str]) -> Sequence[Frame]:
+        """Give what has come, up to the first frame that is not of these kinds. Not while :meth:`receive` waits."""
+        if self._failure is None:
+            self._read()
+        count = next((at for at, frame in enumerate(self._frames) if frame[0] not in kinds), len(self._frames))
+        frames, self._frames = self._frames[:count], self._frames[count:]
+        return frames
 
     def _begin_to_watch(self) -> Loop:
         loop = self._loop
@@ -142,9 +153,9 @@ class Channel:
             if self._selector is not None:
                 self._drain()
             data = self._socket.recv(_READ_MORE if self._received else _READ)
-            self.is_bulky = len(data) >= _READ
             if not data:
                 raise ConnectionResetError("the worker closed its socket")  # noqa: TRY301 - as any other failure
+            self.largest = max(self.largest, int.from_bytes((self._received or data)[:8], "little"))
             if not self._received and len(data) == 8 + int.from_bytes(data[:8], "little"):  # as a rule
                 self._frames = (*self._frames, pickle.loads(data[8:]))  # noqa: S301 - from our own worker
             else:

@@ -33,13 +33,16 @@ from paraval.worker.pickling import PicklingFailed, PiecewisePickler, dumps, dum
 
 __all__ = ["ProcessPoolEvaluator"]
 
-_REST_S: Final = 0.005
+_REST_S: Final = 0.010
+_LIGHT: Final = 8_000
+"""Bytes: of frames that are no larger, a socket takes as many as come in that time."""
 _CAPTURED: Final = 1 << 16
 _SUPERVISION_S: Final = 0.25
 _PASSING: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 """Reasons for which the system cannot start a process now, and may be able to a moment later."""
 _PAUSES_S: Final = (0.05, 0.1, 0.25, 0.5)
 """How long that moment may be, each time."""
+_OF_JOBS: Final = frozenset({"done", "back"})
 _WRAPPED: Final = frozenset({Sealed, Outcome})
 
 
@@ -52,6 +55,7 @@ class ProcessSlot(Slot):
         self._packer = Packer()
         self._process: WorkerProcess | None = None
         self._call: StorageCall | None = None
+        self._sent: dict[str, Job] = {}
         self._cannot_be_set_up = False
 
     async def run(self, batch: Batch) -> None:
@@ -104,6 +108,7 @@ class ProcessSlot(Slot):
 
     async def _run_on(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         count = len(sent)
+        self._sent = sent
         frame = await self._encode(batch, sent)
         process.output()  # what was printed between jobs belongs to none
         try:
@@ -140,13 +145,15 @@ class ProcessSlot(Slot):
         """Give the seconds for which the worker can be left alone: 0 if it may want something.
 
         Where all processors are busy, to wake up for each job of some milliseconds costs more than all the rest: what
-        the interpreter needs is in no cache by then. All workers' rests end at the same moments.
+        the interpreter needs is in no cache by then. All workers' rests end at the same moments, and none is so long
+        that anybody would notice.
         """
-        left = batch.seconds_left()
-        if left < _REST_S or batch.waits_for_worker or process.is_bulky or process.makes_calls:
+        if batch.seconds_left() < _REST_S or batch.waits_for_worker:
+            return 0.0
+        if process.makes_calls or process.largest > _LIGHT:
             return 0.0
         now = self._spec.clock()
-        return (now + min(left, 8 * _REST_S)) // _REST_S * _REST_S - now
+        return (now // _REST_S + 1) * _REST_S - now
 
     def _settle_excess(
         self, memory: WatchedProcess, batch: Batch, sent: dict[str, Job], count: int, error: JobError
@@ -166,6 +173,15 @@ class ProcessSlot(Slot):
             job.metadata["memory"] = size
             batch.finish_sent(job, limit.outcome(size, started, now, error.pid), started, now)
         return True
+
+    def catch_up(self, batch: Batch) -> None:
+        process = self._process
+        if process is not None and process.is_resting:
+            self._look(process, batch, self._sent)
+
+    def _look(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
+        for frame in process.look(_OF_JOBS):
+            self._take(process, batch, sent, frame)
 
     async def recover(self) -> None:
         """Wait for the call that a killed job was in the middle of, so that no more than one is under way."""
@@ -254,6 +270,7 @@ class ProcessSlot(Slot):
 
     async def _stop(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Ask the worker to stop, and kill it: at the latest after the grace."""
+        self._look(process, batch, sent)  # what has ended before it is asked to stop counts
         to_stop = sent
         if batch.in_order:  # another may have begun meanwhile: what it does when it is asked to stop must not count
             to_stop = {job_id: job for job_id, job in sent.items() if job._status is JobStatus.CANCELLING}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final
 import anyio
 import anyio.lowlevel
 
-from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, failure_of
+from paraval.backends.base import Backend, Batch, Cancellation, RunSpec, Slot, failure_of, outcome_of
 from paraval.ctrl_c import spared_ctrl_c
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
@@ -65,9 +65,11 @@ class AsyncioSlot(Slot):
                 else:
                     outcome = returned(await _in_context(context, coroutine, awaited))
             except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
+                if isinstance(exc, asyncio.CancelledError):  # a scope that it left open is not above it
+                    _leave_scopes(state, innermost)
                 outcome = failure_of(exc, spec)
-            while state is not None and state.cancel_scope is not innermost and state.cancel_scope is not None:
-                state.cancel_scope.__exit__(None, None, None)
+            if state is not None and state.cancel_scope is not innermost:
+                _leave_scopes(state, innermost)
             batch.finish(job, outcome)
             now: float | None = batch.last_end
             if batch.last_end - turn > _TURN_S:  # the deadlines' turn, and everybody else's
@@ -88,23 +90,69 @@ class AsyncioSlot(Slot):
             task.uncancel()
 
 
+def _leave_scopes(state: Any, innermost: Any) -> None:
+    """Leave the scopes that a job left open in its task, up to the one that it began in."""
+    while state is not None and state.cancel_scope is not innermost and state.cancel_scope is not None:
+        state.cancel_scope.__exit__(None, None, None)
+
+
 class TrioSlot(Slot):
-    """Awaits run-functions in a task for each batch: trio does not allow to leave a scope that a job left open."""
+    """Awaits run-functions in a task for each batch: trio does not allow to leave a scope that a job left open.
+
+    What a job leaves behind must strike no other. Where a job has left a scope open in the task, or has cancelled the
+    task's own surroundings, those after it get a task in new ones.
+    """
 
     def __init__(self, spec: RunSpec) -> None:
+        import trio  # here: it is an extra, and it is imported already when it runs
+
         self._spec = spec
         self._main = spared_ctrl_c(self._run_all, Loop.running())
+        self._open_nursery = trio.open_nursery
+        self._current_task = trio.lowlevel.current_task
+        self._cancelled = trio.Cancelled
 
     async def run(self, batch: Batch) -> None:
-        with contextlib.suppress(Exception):  # jobs are caught; trio complains of a scope that a job left open
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._main, batch)
+        while batch.waiting:
+            struck: list[BaseException] = []
+            with contextlib.suppress(Exception):  # jobs are caught; trio complains of what a job left open
+                async with self._open_nursery() as nursery:
+                    nursery.start_soon(self._main, batch, struck)
+            job = batch.current
+            if job is None and not batch.waiting:
+                # The turns of other tasks before the first job and after the last say nothing of how long jobs take.
+                batch.created += self._spec.clock() - batch.last_end
+                return
+            batch.was_cut = True
+            await anyio.lowlevel.checkpoint_if_cancelled()  # out here, all that cancels comes from above
+            if job is not None:
+                batch.finish(job, _struck_by_itself(struck.pop(), self._spec))
 
-    async def _run_all(self, batch: Batch) -> None:
+    async def _run_all(self, batch: Batch, struck: list[BaseException]) -> None:
+        """Run jobs, at least one, until there are none left or those that are left need another task.
+
+        Args:
+            batch: where they are from.
+            struck: gets the cancellation that ended the last one, which is not finished: whose it was is seen outside.
+        """
+        task: Any = self._current_task()
+        # Private to trio: which scope a task is in. Its public means do not tell. Without it, each job gets a task.
+        scope = getattr(task, "_cancel_status", None)
+        batch.created = turn = self._spec.clock()
         while (job := batch.take()) is not None:
-            batch.finish(job, await self._outcome_of(job))
+            outcome = await self._outcome_of(job, struck)
+            if outcome is None:
+                break
+            batch.finish(job, outcome)
+            if scope is None or task._cancel_status is not scope or scope.effectively_cancelled:
+                break
+            if batch.last_end - turn > _TURN_S:
+                turn = batch.last_end
+                await anyio.lowlevel.checkpoint()
+        if len(task.parent_nursery.child_tasks) > 1:  # a job has put others here, for which the worker would wait
+            task.parent_nursery.cancel_scope.cancel()
 
-    async def _outcome_of(self, job: Job) -> Outcome:
+    async def _outcome_of(self, job: Job, struck: list[BaseException]) -> Outcome | None:
         spec = self._spec
         try:
             function: Any = job.run_function
@@ -116,7 +164,23 @@ class TrioSlot(Slot):
                 return returned(stop.value)
             return returned(await _in_context(context, coroutine, awaited))
         except BaseException as exc:  # noqa: BLE001 - failure_of raises on what is not the job's own
-            return failure_of(exc, spec)
+            if not self._is_cancellation(exc):
+                return failure_of(exc, spec)
+            struck.append(exc)
+            return None
+
+    def _is_cancellation(self, exc: BaseException) -> bool:
+        if isinstance(exc, BaseExceptionGroup):  # trio's nurseries wrap it
+            return exc.split(self._cancelled)[1] is None
+        return isinstance(exc, self._cancelled)
+
+
+def _struck_by_itself(exc: BaseException, spec: RunSpec) -> Outcome:
+    outcome = outcome_of(exc, spec)
+    if outcome.error is None:
+        return outcome
+    message = "the job cancelled itself: its task's surroundings, or a cancel scope that it had opened and not left"
+    return outcome._replace(error=outcome.error._replace(message=message))
 
 
 @coroutine_from_generator

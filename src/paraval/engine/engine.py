@@ -197,12 +197,18 @@ class Engine:
                 self._ledger.fail(error, lasting=False)  # what it left is settled below
             raise
         finally:
-            self._doorbell.close()
-            self._settling.settle_all(self._settling.open, JobError("cancelled", "the evaluator's event loop ended"))
-            self._recorder.last_try()
-            self._workers.ended()
-            self.ended = True
-            self._ledger.look_again()
+            self.end()
+
+    def end(self) -> None:
+        """Settle what is left, and be at an end: after :meth:`run`, or if that was never begun. Idempotent."""
+        if self.ended:
+            return
+        self._doorbell.close()
+        self._settling.settle_all(self._settling.open, JobError("cancelled", "the evaluator's event loop ended"))
+        self._recorder.last_try()
+        self._workers.ended()
+        self.ended = True
+        self._ledger.look_again()
 
     async def _wind_up(self) -> None:
         self._recorder.closing = True
@@ -268,6 +274,10 @@ class Engine:
         if job.id not in self._settling.open:
             return
         worker = self._settling.holders.get(job.id)
+        if worker is not None:
+            worker.progress()
+            if job.id not in self._settling.open:
+                return
         batch = None if worker is None else worker.batch
         if worker is None or batch is None:
             self._settling.settle_all([job.id], reason)

@@ -6,6 +6,10 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
+from paraval.loops import Loop
+
 if TYPE_CHECKING:
     from paraval.callback import Callback
 
@@ -34,7 +38,26 @@ class Notifier:
                 if function is not None:
                     function(*args)
             except BaseException as exc:
-                if isinstance(exc, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                if isinstance(exc, KeyboardInterrupt) and _may_be_ctrl_c():
                     raise  # it is the user at the keyboard
                 self.errors += 1
                 _logger.exception("%s.%s raised; no job is lost by it", type(callback).__name__, method)
+
+
+def _may_be_ctrl_c() -> bool:
+    """Whether Ctrl-C can have raised a KeyboardInterrupt here; else whatever was called here raised it by itself.
+
+    On trio, what runs in a task of the engine's is spared Ctrl-C (see ``ctrl_c.py``); and as that is a system task,
+    anything but a cancellation that leaves it ends all that runs on the loop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    try:
+        loop = Loop.running()
+    except anyio.NoEventLoopError:
+        return True
+    if loop.is_asyncio:
+        return True
+    import trio  # here: it is an extra, and it is imported already when it runs
+
+    return not trio.lowlevel.currently_ki_protected()

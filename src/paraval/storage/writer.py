@@ -162,6 +162,11 @@ class Writer:
         """Have an intermediate result of a job written soon."""
         self.put([JobChange(job_id, intermediate=(budget, objective))], _nothing)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the thread that writes, and tells of what it has written."""
+        return self._thread is threading.current_thread()
+
     def hold(self, owner: str) -> None:
         """Say, from now on until :meth:`close`, that the owner of jobs is alive."""
         if self._owner is None:

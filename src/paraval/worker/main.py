@@ -28,11 +28,11 @@ import os
 import pickle
 import signal
 import sys
-import time
 
 # The one in signal looks for an enum, which takes twenty times as long; typeshed leaves the C module out.
 from _signal import getsignal as _handler_of  # type: ignore[import-not-found]
 from collections import deque
+from time import monotonic  # by its name, as a job may put another in its place there
 from typing import Any, Final, NamedTuple, NoReturn
 
 from paraval.errors import UsageError
@@ -44,6 +44,8 @@ __all__ = ["Sealed", "Setup", "exit_fork", "is_one_of", "main"]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
+_LONGEST_S: Final = 0.1
+"""How long the guard sleeps at most while there is a batch: clocks may be changed."""
 _IONBF: Final = 2
 """C's name for a stream without a buffer."""
 
@@ -158,6 +160,7 @@ class Worker:
         self._guard_wanted.acquire()
         self._guard_looks = math.inf
         self._guard_runs = False
+        self._is_asked_to_stop = False
         self._live: Job | None = None
         self._runner: Any = None
         self._on_sigterm = self.ask_to_stop  # one object, to be known again
@@ -187,6 +190,7 @@ class Worker:
 
     def ask_to_stop(self, _number: int, _frame: object) -> None:
         """React to SIGTERM: tell the job, whose ``stopped()`` turns true, or whose coroutine is cancelled."""
+        self._is_asked_to_stop = True
         job, runner = self._live, self._runner
         if job is not None:
             job._status = JobStatus.CANCELLING
@@ -226,25 +230,26 @@ class Worker:
         with self._state:
             self._todo.extend(jobs)
             self._batches += 1
-            self._due = time.monotonic() + hold_s
-        if len(jobs) > 1:
-            self._wake_guard()
+            self._due = monotonic() + hold_s
+        self._is_asked_to_stop = len(jobs) > 1 and not self._wake_guard()  # as nobody could give them back later
         while True:
             with self._state:
                 if not self._todo:
                     self._current = None
                     break
                 job_id, args = self._todo.popleft()
-                started = time.monotonic() - self._origin
+                started = monotonic() - self._origin
                 self._current = (job_id, started)
             error, value = self._run(job_id, args)
-            finished = time.monotonic() - self._origin
+            finished = monotonic() - self._origin
             with self._state:
                 self._current = None
                 self._unsent.append((job_id, started, finished, error, value))
                 late = each or finished - self._unsent[0][2] > _HOLD_S
             if late:
                 self._report()
+            if self._is_asked_to_stop:  # what it has not begun it shall not
+                self._give_back()
         _flush_output()
         self._report()
 
@@ -299,15 +304,29 @@ class Worker:
 
     # -- the guard -----------------------------------------------------------------------------------------------------
 
-    def _wake_guard(self) -> None:
+    def _wake_guard(self) -> bool:
+        """Have the guard look in time for the batch that begins; False when there cannot be one."""
         if not self._guard_runs:
+            try:
+                _thread.start_new_thread(self._guard, ())
+            except (RuntimeError, MemoryError):  # a job may have limited what the process may have
+                return False
             self._guard_runs = True
-            _thread.start_new_thread(self._guard, ())
-            return
+            return True
         with self._state:
             if self._guard_looks > self._due:
                 self._guard_looks = 0.0  # it is on its way
                 self._guard_wanted.release()
+        return True
+
+    def _give_back(self) -> None:
+        """Send back what was not begun."""
+        with self._state:
+            back = [job_id for job_id, _ in self._todo]
+            self._todo.clear()
+        if back:
+            self._report()
+            self._send(("back", back, "", 0.0))
 
     def _guard(self) -> None:
         """While batches come: see to it that none keeps its finished or its waiting jobs for long.
@@ -318,12 +337,12 @@ class Worker:
         looks = 0.0
         while True:
             if looks < math.inf:
-                self._guard_wanted.acquire(timeout=max(looks - time.monotonic(), 0.0))
+                self._guard_wanted.acquire(timeout=min(max(looks - monotonic(), 0.0), _LONGEST_S))
             else:
                 self._guard_wanted.acquire()
             with self._state:
                 self._guard_wanted.acquire(blocking=False)  # in case that it was released after the time had run out
-                stuck = self._current is not None and time.monotonic() >= self._due
+                stuck = self._current is not None and monotonic() >= self._due
                 seen = self._batches
                 back, current = [], self._current
                 if stuck:
@@ -376,7 +395,10 @@ class Worker:
                 _write(self._fd, memoryview(data))
 
     def _receive(self) -> Any:
-        head = self._reader.read(8)
+        try:
+            head = self._reader.read(8)
+        except ConnectionError:  # the parent has closed its end with something unread
+            return None
         if len(head) < 8:  # noqa: PLR2004 - the length of a length
             return None
         data = self._reader.read(int.from_bytes(head, "little"))

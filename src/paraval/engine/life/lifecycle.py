@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,15 @@ from paraval.engine.engine import Engine
 from paraval.engine.ledger import Ledger
 from paraval.engine.life.callers_home import CallersHome
 from paraval.engine.life.thread_home import run_in_thread
-from paraval.errors import EvaluatorClosedError, ForkedError, UsageError
+from paraval.errors import EvaluatorClosedError, ForkedError, ParavalError, UsageError
 from paraval.job import Job
-from paraval.loops import Loop, call_in_thread
+from paraval.loops import Loop, call_in_thread, to_the_end
 from paraval.outcome import Outcome
 
 __all__ = ["Lifecycle"]
 
 _JOIN_S: Final = 0.8
-"""How long a close waits for the thread of a loop that has ended."""
+"""How long a close waits for the thread, or the task, of an engine that has ended."""
 
 
 class Lifecycle:
@@ -33,15 +34,22 @@ class Lifecycle:
         prepare: called with the number of jobs that are to run, before a loop is started for them.
         ledger: outlives the engines.
         patience: seconds that a close may take, at most.
+        settles_here: whether this thread is one that settles jobs, other than the loop's.
     """
 
     def __init__(
-        self, make_engine: Callable[[Loop], Engine], prepare: Callable[[int], object], ledger: Ledger, patience: float
+        self,
+        make_engine: Callable[[Loop], Engine],
+        prepare: Callable[[int], object],
+        ledger: Ledger,
+        patience: float,
+        settles_here: Callable[[], bool],
     ) -> None:
         self._make_engine = make_engine
         self._prepare = prepare
         self._ledger = ledger
         self._patience = patience
+        self._settles_here = settles_here
         self._lock = threading.Lock()  # never held while waiting for a loop that may itself want it
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
@@ -53,6 +61,11 @@ class Lifecycle:
     def engine(self) -> Engine | None:
         """The engine at work, or None."""
         return self._engine
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an engine is at work in this process, or has ended with its loop and was not closed."""
+        return self._engine is not None and self._pid == os.getpid()
 
     @property
     def is_open_in_thread(self) -> bool:
@@ -80,7 +93,11 @@ class Lifecycle:
             )
 
     def refuse_on_home(self, call: str, instead: str) -> None:
-        """Raise UsageError where a blocking call would block the very loop that runs the jobs."""
+        """Raise UsageError where a blocking call would block the very loop that runs the jobs, or what settles them."""
+        if self._settles_here():
+            raise UsageError(
+                f"{call} in on_done() would wait for what it holds up itself: do so after that has returned"
+            )
         engine, home = self._engine, self._home
         if engine is not None and not engine.ended:
             loop = engine.loop
@@ -100,6 +117,10 @@ class Lifecycle:
             EvaluatorClosedError: the loop is gone.
         """
         while not self._submit_unless_closing(jobs, outcomes, sources):
+            engine = self._engine
+            if engine is not None and _is_abandoned(engine):  # nobody goes on with the close
+                self._end_close(engine)
+                continue
             self.refuse_on_home("a submit() while the evaluator is being closed", "submit_async()")
             self._ledger.wait(lambda: not self._closing, self.check, despite_failure=True)
 
@@ -119,7 +140,7 @@ class Lifecycle:
 
     def _open(self, jobs: int) -> Engine:
         engine = self._engine
-        if engine is not None and engine.loop.is_closed and not engine.ended:
+        if engine is not None and _is_abandoned(engine):
             engine.give_up(closing=False)
         if engine is not None and (engine.ended or engine.loop.is_closed):  # its loop ended without a close
             self._engine = engine = self._thread = None
@@ -137,6 +158,15 @@ class Lifecycle:
         return engine
 
     # -- closing -------------------------------------------------------------------------------------------------------
+
+    def drop(self) -> None:
+        """Stop everything without waiting: nobody holds the evaluator any more."""
+        engine, home = self._engine, self._home
+        with contextlib.suppress(ParavalError):
+            if engine is not None:
+                engine.stop()
+        if home is not None:
+            home.drop()
 
     def close(self) -> list[Job]:
         """Stop everything; block until it has stopped, or does not within the grace. Idempotent.
@@ -162,27 +192,29 @@ class Lifecycle:
             thread.join(_JOIN_S)
         return engine.given_back
 
-    async def aclose(self) -> list[Job]:
-        """Do as :meth:`close` does, on any loop; a cancellation does not cut it short."""
-        with anyio.CancelScope(shield=True):
-            engine = self._begin_close()
-            thread = None
-            try:
-                with anyio.move_on_after(self._patience):
-                    done = (lambda: not self._closing) if engine is None else (lambda: engine.ended)
-                    await self._ledger.wait_async(done, despite_failure=True)
-            finally:  # asyncio's own task.cancel() goes through any shield
-                if engine is not None:
-                    thread = self._end_close(engine)
-            if thread is not None:
-                await call_in_thread(thread.join, _JOIN_S)
-        return [] if engine is None else engine.given_back
+    async def aclose(self, cancelled: list[Job]) -> None:
+        """Do as :meth:`close` does, on any loop; the jobs that were cancelled by it are added to the list.
+
+        Nobody cancels this but a loop that ends: it is called by ``to_the_end``.
+        """
+        engine = self._begin_close()
+        thread = None
+        try:
+            with anyio.move_on_after(self._patience):
+                done = (lambda: not self._closing) if engine is None else (lambda: engine.ended)
+                await self._ledger.wait_async(done, despite_failure=True)
+        finally:
+            if engine is not None:
+                thread = self._end_close(engine)
+                cancelled += engine.given_back
+        if thread is not None:
+            await call_in_thread(thread.join, _JOIN_S)
 
     def _begin_close(self) -> Engine | None:
         """Ask the engine to stop; None when there is none, or when another thread closes it already."""
         with self._lock:
             engine = self._engine
-            if engine is None or self._closing:
+            if engine is None or (self._closing and not _is_abandoned(engine)):  # else nobody goes on with the close
                 return None
             self._closing = True
         with contextlib.suppress(EvaluatorClosedError):  # the loop is gone; what it left is settled by _end_close
@@ -193,6 +225,8 @@ class Lifecycle:
         if not engine.ended:
             engine.give_up()
         with self._lock:
+            if self._engine is not engine:  # another thread was quicker, and it may be open again
+                return None
             thread, self._thread = self._thread, None
             self._engine = None
             self._closing = False
@@ -208,16 +242,22 @@ class Lifecycle:
         Raises:
             UsageError: it is entered already, or jobs are at work in the thread of our own.
         """
-        if self._home is not None and not self._home.is_gone:
-            raise UsageError("this evaluator was entered with 'async with' already; leave that block first")
+        self._refuse_second_home()
         if self._engine is not None:
-            if self._ledger.in_flight:
+            at_work = self._ledger.submitted - self._ledger.settled
+            if at_work:
                 raise UsageError(
-                    f"{self._ledger.in_flight} jobs were submitted before 'async with' and run in a thread of "
+                    f"{at_work} jobs were submitted before 'async with' and run in a thread of "
                     "their own: gather them or close() first, or submit inside the block"
                 )
-            await self.aclose()
-        self._home = CallersHome()
+            await to_the_end(functools.partial(self.aclose, []))
+        with self._lock:
+            self._refuse_second_home()  # another task may have come meanwhile
+            self._home = CallersHome()
+
+    def _refuse_second_home(self) -> None:
+        if self._home is not None and not self._home.is_gone:
+            raise UsageError("this evaluator was entered with 'async with' already; leave that block first")
 
     async def exit(self) -> None:
         """Leave the home, after :meth:`aclose`; in any task, whatever else was entered meanwhile."""
@@ -225,5 +265,10 @@ class Lifecycle:
             home, self._home = self._home, None
         if home is not None:
             if self._engine is not None and self._engine.loop is home.loop:  # somebody submitted after the close
-                await self.aclose()
-            await home.leave()
+                await self.aclose([])
+            await home.leave(_JOIN_S)
+
+
+def _is_abandoned(engine: Engine) -> bool:
+    """Whether its loop was closed under it."""
+    return engine.loop.is_closed and not engine.ended

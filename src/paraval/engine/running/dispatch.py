@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from paraval.backends.base import Batch
+from paraval.backends.base import Batch, WorkerDiedError
 from paraval.engine.recorder import Recorder
 from paraval.engine.running.attempts import Attempts
 from paraval.engine.running.batching import BatchSizer
@@ -15,13 +15,13 @@ from paraval.engine.running.queue import JobQueue
 from paraval.engine.running.settling import Settling
 from paraval.job import Job, JobStatus
 from paraval.loops import Loop
-from paraval.outcome import JobError, Outcome
+from paraval.outcome import JobError, Outcome, error_from_exception
 
 if TYPE_CHECKING:
     from paraval.engine.engine import EngineSettings
     from paraval.engine.running.worker import Worker
 
-__all__ = ["Dispatch"]
+__all__ = ["Dispatch", "unfinished"]
 
 _READY: Final = JobStatus.READY
 _LIMIT_S: Final = 1.0
@@ -113,6 +113,9 @@ class Dispatch:
 
     def put_away(self, batch: Batch) -> None:
         """Take back what a batch that is through has left, and learn from it. Its outcomes are still to collect."""
+        if batch.in_hand:  # the slot says it is through, and is not: nobody else knows that it has them
+            self.blame(batch, unfinished())
+            return
         self._give_back(batch.reclaim())
         now = self._clock()
         if batch.has_waited:
@@ -125,8 +128,19 @@ class Dispatch:
         """Take back, from a batch that goes on or will, the jobs that its worker has not begun."""
         self._give_back(batch.reclaim())
 
-    def blame(self, batch: Batch, error: JobError, *, alone: bool = True) -> None:
-        """After the death of a worker: its only job is to blame. Of several, any may be: each is run alone."""
+    def blame(self, batch: Batch, failure: Exception) -> None:
+        """After the death of a worker: its only job is to blame. Of several, any may be: each is run alone.
+
+        Args:
+            batch: put away by this.
+            failure: what the slot raised. Any but a WorkerDiedError says that the slot itself failed.
+        """
+        if isinstance(failure, WorkerDiedError):
+            error, alone = failure.error, failure.alone
+        else:
+            error, alone = error_from_exception(failure)._replace(kind="worker_died"), True
+            if not batch.in_hand:  # before it took any: with none to blame, it would fail for ever
+                batch.take_all(1)
         batch.was_cut = True
         self.settling.settle(batch.collect())
         jobs = batch.in_hand
@@ -136,6 +150,7 @@ class Dispatch:
         else:
             self._attempts.suspect(jobs)
             self._give_back(jobs)
+        self._give_back(batch.reclaim())
 
     def break_off(self, batch: Batch) -> None:
         """After an interrupted batch: settle what was to be stopped, take the others back."""
@@ -160,14 +175,13 @@ class Dispatch:
         for job in jobs:
             settling.holders.pop(job.id, None)
             job._started, job._status = None, JobStatus.READY
-        if self._recorder.closing:  # they were settled, or will be
-            return
         reasons, now = settling.reasons, self._clock()
         stopped = [job for job in jobs if job.id in reasons]  # given back by a worker that was being stopped
         if stopped:
             jobs = [job for job in jobs if job.id not in reasons]
             settling.settle([(job, Outcome(error=reasons[job.id], cancelled=True), now) for job in stopped])
-        self.queue.put_back(jobs)
+        if not self._recorder.closing:  # else they were settled, or will be
+            self.queue.put_back(jobs)
 
     # -- once more -----------------------------------------------------------------------------------------------------
 
@@ -179,3 +193,8 @@ class Dispatch:
     def _requeue(self, job: Job) -> None:
         if job.id in self.settling.open and job.id not in self.settling.holders:
             self.queue.put_back([job])
+
+
+def unfinished() -> WorkerDiedError:
+    """Make the error for a job that its slot has left unfinished, without a word."""
+    return WorkerDiedError(JobError("worker_died", "the worker went on without having finished the job"))

@@ -9,12 +9,12 @@ import anyio
 import anyio.lowlevel
 
 from paraval.backends.base import Batch, RunSpec, Slot, WorkerDiedError, failure_of
-from paraval.engine.running.dispatch import Dispatch
+from paraval.engine.running.dispatch import Dispatch, unfinished
 from paraval.engine.running.watch import Watch
 from paraval.errors import UsageError
 from paraval.job import Job
 from paraval.loops import Event, Loop
-from paraval.outcome import Outcome, error_from_exception
+from paraval.outcome import Outcome
 
 if TYPE_CHECKING:
     from paraval.engine.engine import EngineSettings
@@ -108,6 +108,7 @@ class Worker:
     def progress(self) -> None:
         """Take what its batch has to hand in before its end."""
         if self.batch is not None:
+            self._slot.catch_up(self.batch)
             self._dispatch.progress(self.batch)
 
     async def execute_on_slot(self, job: Job) -> Job:
@@ -116,6 +117,8 @@ class Worker:
             raise UsageError(f"job {job.id} has been taken from its worker")
         part = _Part(job, self.batch, self._settings.spec.clock, self.progress)
         await self._slot.run(part)
+        if part.in_hand:
+            raise unfinished()
         for _, outcome, _ in part.collect():
             job.settle(outcome)
         return job
@@ -156,14 +159,12 @@ class Worker:
                 continue
             try:
                 await (slot.run(batch) if execute is None else _execute_one(execute, batch, spec))
-            except WorkerDiedError as exc:
-                dispatch.blame(batch, exc.error, alone=exc.alone)
-            except Exception as exc:  # noqa: BLE001 - the slot itself failed
-                if not batch.in_hand:  # before it took any: with none to blame, it would fail for ever
-                    batch.take_all(1)
-                dispatch.blame(batch, error_from_exception(exc)._replace(kind="worker_died"))
-            self.batch = None
-            dispatch.put_away(batch)
+            except Exception as exc:  # noqa: BLE001 - the worker died, or the slot itself failed
+                self.batch = None
+                dispatch.blame(batch, exc)
+            else:
+                self.batch = None
+                dispatch.put_away(batch)
             dispatch.settling.settle(batch.collect())
             del job, batch  # an idle worker must not keep the last job alive
 

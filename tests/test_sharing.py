@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paraval import Evaluator, JobStatus
-from paraval.storage import SqliteStorage
+from paraval.storage import MemoryStorage, SqliteStorage
 from sharing import function
 from support import in_threads
 
@@ -106,3 +106,24 @@ def test_two_programs_that_resume_at_once_run_each_configuration_once(tmp_path: 
     with SqliteStorage(tmp_path / "shared.db") as storage:
         done = [record for record in storage.scan("0")[0] if record.status == JobStatus.DONE.value]
     assert sorted(record.out for record in done) == expected
+
+
+def test_an_odd_job_of_another_does_not_hide_those_beside_it() -> None:
+    storage = MemoryStorage()
+    search_id = storage.create_new_search()
+    options = {"num_workers": 2, "storage": storage, "search_id": search_id}
+    with Evaluator.create(function, "thread", options) as one, Evaluator.create(function, "thread", options) as other:
+        for args, status in (((1, 2), JobStatus.DONE.value), (({"x": 1},), 7), ((), JobStatus.DONE.value)):
+            job_id = storage.create_new_job(search_id)
+            storage.store_job_in(job_id, args=args)
+            storage.store_job_status(job_id, status)
+        other.submit([{"x": 1}, {"x": 2}])
+        other.gather("ALL")
+        found = one.gather_other_jobs_done()
+        assert sorted((job.id, job.args.get("x")) for job in found) == [
+            ("0.0", None),  # its arguments are no configuration
+            ("0.2", None),
+            ("0.3", 1),
+            ("0.4", 2),
+        ]
+        assert one.gather_other_jobs_done() == []

@@ -754,6 +754,27 @@ def test_what_was_committed_though_it_failed_is_not_done_again(path: Path, monke
         assert storage.owners() == {"me"}
 
 
+def test_what_was_committed_in_parts_though_it_failed_is_not_done_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kw: connect(*args, factory=CommitsAndFails, **kw))
+    monkeypatch.setattr("paraval.storage.sqlite.rows._MOST_BYTES", 300)
+    with SqliteStorage(path) as storage:
+        storage.new_search()
+        records = [JobRecord(args=("x" * 50,)) for _ in range(200)]
+        changes = [JobChange(f"0.{number}", intermediate=(1.0, 2.0)) for number in range(200)]
+        calls: list[Callable[[], None]] = [lambda: storage.insert("0", records), lambda: storage.update(changes)]
+        for call in calls:
+            CommitsAndFails.commits_until_failure = 1
+            call()
+            assert CommitsAndFails.commits_until_failure <= 0
+            CommitsAndFails.commits_until_failure = sys.maxsize
+        found, revision = storage.scan("0")
+        assert (len(found), revision) == (200, 400)
+        assert {tuple(record.objectives or ()) for record in found} == {(2.0,)}
+
+
 def test_what_was_committed_together_though_it_failed_is_not_done_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import random
 import shutil
 import sqlite3
 import stat
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +20,8 @@ import pytest
 from paraval import ParavalError
 from paraval.errors import CorruptStoreError, StorageError, WrongStoreError
 from paraval.storage import JobChange, JobRecord, UnknownIdError
-from paraval.storage.sqlite import SqliteStorage, layout, opening
+from paraval.storage.base import UnstorableError
+from paraval.storage.sqlite import SqliteStorage, layout, opening, values
 from paraval.storage.sqlite.filesystem import network_file_system
 from paraval.storage.sqlite.sharing import _registry
 from paraval.testing.comparing import fields, same
@@ -249,6 +252,7 @@ def test_the_layout_of_the_first_version_is_as_it_was(path: Path) -> None:
         }
     assert columns == {
         "searches": [("id", "INTEGER"), ("token", "BLOB")],
+        "store": [("id", "BLOB")],
         "search_values": [("search", "INTEGER"), ("key", "TEXT"), ("value", "BLOB")],
         "entries": [("changed", "INTEGER"), ("data", "BLOB")],
         "new_jobs": [
@@ -703,3 +707,87 @@ def test_nothing_that_is_stored_is_ever_executed(path: Path) -> None:
     assert not sung.exists()
     os.system(pickle.loads(pickle.dumps(Canary(sung))) or "true")  # noqa: S301, S605 - to see that the canary can sing
     assert sung.exists()
+
+
+# -- one store is not taken for another --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_store_that_is_emptied_in_use_is_not_begun_anew(new_path: Callable[[], Path]) -> None:
+    path = new_path()
+    with SqliteStorage(path) as storage:
+        storage.new_search()
+        os.truncate(path, 0)
+        for ending in ("-journal", "-wal", "-shm"):  # SQLite removes them itself when it meets an empty file
+            path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
+        storage._opened()._disconnect()  # as before a fork
+        for call in (storage.search_ids, storage.new_search):
+            with pytest.raises(CorruptStoreError, match="is empty: it was cut"):
+                call()
+        storage.close()
+        with pytest.raises(CorruptStoreError, match="is empty: it was cut"):
+            storage.search_ids()
+    assert path.stat().st_size == 0
+
+
+def test_a_store_in_the_place_of_another_is_not_taken_for_it(new_path: Callable[[], Path]) -> None:
+    path = new_path()
+    storage = SqliteStorage(path)
+    storage.new_search()
+    sent = pickle.dumps(storage)
+    assert pickle.loads(sent).search_ids() == ["0"]  # noqa: S301 - our own
+    storage.close()
+    path.unlink()
+    SqliteStorage(path).close()
+    for one in (storage, pickle.loads(sent)):  # noqa: S301 - our own
+        with pytest.raises(StorageError, match="was replaced by another one"):
+            one.search_ids()
+
+
+def test_a_store_whose_inode_another_one_got_is_told_from_it(new_path: Callable[[], Path]) -> None:
+    path, other = new_path(), new_path()
+    with SqliteStorage(path) as storage, SqliteStorage(other) as another:
+        storage.new_search()
+        another.close()
+        database = storage._opened()
+        database._disconnect()
+        path.write_bytes(other.read_bytes())  # the same inode
+        with pytest.raises(StorageError, match="was replaced by another one"):
+            storage.search_ids()
+
+
+def test_leases_do_not_go_by_the_time_of_the_day(new_path: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with SqliteStorage(new_path()) as storage:
+        storage.renew("me", 60)
+        now = time.time()
+        for step in (3600, -3600):
+            monkeypatch.setattr(time, "time", lambda step=step: now + step)
+            assert "me" in storage.owners()
+            storage.renew("you", 60)
+            assert storage.owners() == {"me", "you"}
+        later = time.monotonic() + 61
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        assert storage.owners() == set()
+
+
+def test_leases_of_another_machine_go_by_the_time_of_the_day(
+    new_path: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SqliteStorage(new_path()) as storage:
+        storage.renew("me", 60)
+        storage.renew("always", math.inf)
+        monkeypatch.setattr(values, "_boot", lambda: "another")
+        assert storage.owners() == {"me", "always"}
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 61)
+        assert storage.owners() == {"always"}
+
+
+@pytest.mark.parametrize("key", [True, 1e20, None, 7, b"key"])
+def test_keys_of_values_are_text(new_path: Callable[[], Path], key: Any) -> None:
+    with SqliteStorage(new_path()) as storage:
+        storage.new_search()
+        with pytest.raises(UnstorableError, match="key of a value of a search should be a str"):
+            storage.put_value("0", key, 1)
+        with pytest.raises(UnknownIdError, match="no value 'other'"):
+            storage.get_value("0", "other")

@@ -5,6 +5,7 @@ The structs are invisible to the garbage collector: there may be very many, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -52,6 +53,12 @@ class JobRecord(msgspec.Struct, gc=False, omit_defaults=True):
     is_private: bool = False
     extra: dict[str, Any] | None = None
     revision: int = 0
+
+    @property
+    def configuration(self) -> Mapping[str, Any]:
+        """The arguments that an evaluator submitted; nothing where the job has others."""
+        args = self.args[0] if self.args else None
+        return args if isinstance(args, Mapping) else {}
 
     @property
     def outcome(self) -> Outcome:

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 from msgspec import UNSET
@@ -39,6 +40,12 @@ _QUICK_S: Final = 0.005
 """A job that has ended after no longer has ended in a moment."""
 
 Written = Callable[[Exception | None], object]
+
+
+_lease_clock: Final[Callable[[], float]] = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+)
+"""Goes on while the machine sleeps, as the clocks of other machines do."""
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -170,7 +177,7 @@ class Writer:
     def hold(self, owner: str) -> None:
         """Say, from now on until :meth:`close`, that the owner of jobs is alive."""
         if self._owner is None:
-            begin = time.monotonic()
+            begin = _lease_clock()
             patiently(lambda: self._storage.renew(owner, self._lease_s))
             with self._condition:
                 self._owner = owner
@@ -242,7 +249,7 @@ class Writer:
         self._looks_at = -math.inf  # it looks before it rests again
 
     def _renew(self, owner: str, seconds: float) -> None:
-        begin = time.monotonic()
+        begin = _lease_clock()
         self._notice_lapse()
         try:
             self._storage.renew(owner, seconds)
@@ -252,7 +259,7 @@ class Writer:
         self._renewed = time.monotonic()
 
     def _notice_lapse(self) -> None:
-        if time.monotonic() > self._holds_until:
+        if _lease_clock() > self._holds_until:
             self._may_be_robbed = True
 
     def _robbed_of(self, changes: Sequence[JobChange]) -> dict[str, JobRecord]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Final
 
 from paraval.engine.reasons import SURPLUS
 from paraval.job import Job, JobContext, JobStatus
 from paraval.storage import JobRecord, Storage
 
 __all__ = ["Others"]
+
+_TERMINAL: Final = frozenset(status.value for status in JobStatus if status.is_terminal)
 
 
 class Others:
@@ -38,18 +40,20 @@ class Others:
             known: ids of jobs that were had in another way: they are left out.
         """
         with self._lock:
-            records, self._revision = self._storage.scan(self._search_id, self._revision)
+            records, revision = self._storage.scan(self._search_id, self._revision)
             news = [record for record in records if self._is_news(record) and record.id not in known]
+            jobs = [self._job(record, job_class, context) for record in news]
+            # Not before: what raises is to be met again.
+            self._revision = revision
             self._seen.update(map(_seen, news))  # a record may change again: a note in the metadata, say
-        return [self._job(record, job_class, context) for record in news]
+        return jobs
 
     def _is_news(self, record: JobRecord) -> bool:
         is_mine = record.owner == self._owner or record.is_private or record.error == SURPLUS
-        return not is_mine and JobStatus(record.status).is_terminal and _seen(record) not in self._seen
+        return not is_mine and record.status in _TERMINAL and _seen(record) not in self._seen
 
     def _job(self, record: JobRecord, job_class: type[Job], context: JobContext) -> Job:
-        args: dict[str, Any] = dict(record.args[0]) if record.args else {}
-        job = job_class(record.id, args, None, self._storage)
+        job = job_class(record.id, dict(record.configuration), None, self._storage)
         job.context = context
         job.metadata.update(record.metadata or {})
         # As an outcome, since an output that is none for this class of jobs must not hide the other jobs.

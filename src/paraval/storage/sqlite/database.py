@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
-from paraval.errors import ParavalError, StorageError
+from paraval.errors import CorruptStoreError, ParavalError, StorageError
 from paraval.storage.sqlite.failures import SQLITE_ERRORS, explained, leaves_doubt
 from paraval.storage.sqlite.opening import connect, look
 from paraval.storage.sqlite.waiting import LockedError, until_free
@@ -86,17 +86,21 @@ class Database:
         path: of the file.
         identity: its device and inode, by which it is known that no other has taken its place.
         patience_s: seconds to wait for another program that has it locked.
+        may_create: whether an empty file is to become a store.
 
     Attributes:
         identity: as above.
+        store_id: what the store is known by, once it was open.
         users: how many storages use it. Once there is none it does nothing any more, as there may be another database
             of the same file.
         lost: what was given out in this process, was never written, and is another's by now. No more than that, and
             nothing of it can ever be forgotten: whoever was given it may come back to it.
     """
 
-    def __init__(self, path: Path, identity: tuple[int, int], patience_s: float) -> None:
+    def __init__(self, path: Path, identity: tuple[int, int], patience_s: float, *, may_create: bool) -> None:
         self.users = 1
+        self.store_id: bytes | None = None
+        self._may_create = may_create
         self.lost: dict[str, TakenError] = {}
         self._path = path
         self.identity = identity
@@ -406,9 +410,10 @@ class Database:
             if self.users == 0:
                 raise ClosedError(f"the store {str(self._path)!r} is closed")
             self._look()
-            connection = connect(self._path, self._patience_s)
+            connection = connect(self._path, self._patience_s, may_create=self.store_id is None and self._may_create)
             try:
                 self._look()  # nobody has put another there meanwhile
+                self._recognise(connection)
                 ask = partial(connection.execute, "PRAGMA journal_mode")
                 self._writes_ahead = until_free(ask, self._path, self._patience_s).fetchall() == [("wal",)]
             except BaseException:
@@ -416,6 +421,22 @@ class Database:
                 raise
             self._connection = connection
         return self._connection
+
+    def _recognise(self, connection: sqlite3.Connection) -> None:
+        """Raise if it is another store than before: a file that was removed may leave its inode to another."""
+        ask = partial(connection.execute, "SELECT id FROM store")
+        try:
+            found = until_free(lambda: ask().fetchall(), self._path, self._patience_s)
+        except SQLITE_ERRORS as exc:
+            raise explained(exc, self._path) from exc
+        if len(found) != 1 or type(found[0][0]) is not bytes:
+            raise CorruptStoreError(
+                f"the store {str(self._path)!r} is damaged: it lacks what it is known by; take a copy of it from before"
+            )
+        if self.store_id is None:
+            (self.store_id,) = found[0]
+        elif (self.store_id,) != found[0]:
+            raise StorageError(f"the store {str(self._path)!r} was replaced by another one while it was in use")
 
     def _loosen(self) -> None:
         grip, self._grip = self._grip, None

@@ -29,6 +29,8 @@ SCHEMA: Final = (
     # jobs, on the page that is written most of the time anyway: its ``places`` is how many changes of jobs there were,
     # its ``adopted`` a sum over the search's values. ``token`` is by chance, and tells who made a search.
     (
+        "CREATE TABLE store (id BLOB NOT NULL)",  # by chance: so that no other is taken for it
+        "INSERT INTO store VALUES (randomblob(16))",
         "CREATE TABLE searches (id INTEGER PRIMARY KEY, token BLOB NOT NULL)",
         (
             "CREATE TABLE search_values (search INTEGER NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,"
@@ -59,15 +61,20 @@ Ask = Callable[[str], list[Any]]
 """Runs a statement, and gives all that it finds."""
 
 
-def prepare(ask: Ask, path: Path) -> bool:
+def prepare(ask: Ask, path: Path, *, may_create: bool) -> bool:
     """Bring the layout of a database up to date; True if it had none, being empty.
 
     Raises:
+        CorruptStoreError: it is empty, and it was a store.
         WrongStoreError: it is the database of another program, or of a later release.
         CorruptStoreError: the layout is damaged.
     """
     with _transaction(ask, "BEGIN"):
         found = _version(ask, path)
+    if found == 0 and not may_create:
+        raise CorruptStoreError(
+            f"the store {str(path)!r} is empty: it was cut while it was in use, or since; take a copy of it from before"
+        )
     if found < len(SCHEMA):
         with _transaction(ask, "BEGIN IMMEDIATE"):
             found = _version(ask, path, blank=1)  # somebody may have been faster

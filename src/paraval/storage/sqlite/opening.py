@@ -83,8 +83,8 @@ def look(path: Path) -> os.stat_result | None:
         raise StorageError(f"the store {str(path)!r} cannot be reached: {exc.strerror}") from exc
 
 
-def connect(path: Path, patience_s: float) -> sqlite3.Connection:
-    """Open the store at a path that :func:`locate` has looked at, making or migrating its layout where needed.
+def connect(path: Path, patience_s: float, *, may_create: bool) -> sqlite3.Connection:
+    """Open the store at a path that :func:`locate` has looked at, making (if it may) or migrating its layout.
 
     Raises:
         WrongStoreError: it is no database, or that of another program, or of a later release of paraval.
@@ -111,7 +111,7 @@ def connect(path: Path, patience_s: float) -> sqlite3.Connection:
             ask(f"PRAGMA {setting}")
         _refuse_if_too_old(ask)
         _refuse_if_remote(ask, path)
-        is_new = layout.prepare(ask, path)
+        is_new = layout.prepare(ask, path, may_create=may_create)
         _choose_journal(ask, path, is_new=is_new)
     except BaseException as exc:
         connection.close()

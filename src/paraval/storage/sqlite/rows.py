@@ -302,7 +302,15 @@ def add_jobs(connection: sqlite3.Connection, search: Search, owner: str | None, 
 
 def are_there(connection: sqlite3.Connection, search: Search, drafts: Sequence[Draft]) -> bool:
     """Whether these jobs have been added where the search goes on."""
-    expected = [Found(search.first + revision, revision, data) for revision, data in _entries(search, drafts)]
+    place = search
+    expected = []
+    for some in _parts(drafts):
+        expected += [Found(search.first + revision, revision, data) for revision, data in _entries(place, some)]
+        added = sum(draft.size for draft in some)
+        is_new = not some[0].numbers
+        place = place._replace(
+            next_job=place.next_job + (added if is_new else 0), last_change=place.last_change + added
+        )
     return entries_since(connection, search, search.revision, len(drafts)) == expected
 
 

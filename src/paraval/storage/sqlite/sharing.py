@@ -32,7 +32,7 @@ def open_database(path: Path, patience_s: float, *, may_create: bool) -> Databas
             database = _registry[identity]
             database.users += 1
         else:
-            database = _registry[identity] = Database(path, identity, patience_s)
+            database = _registry[identity] = Database(path, identity, patience_s, may_create=may_create)
     try:
         database.connect()
     except BaseException:

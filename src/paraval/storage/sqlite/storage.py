@@ -6,7 +6,6 @@ import copy
 import os
 import sqlite3
 import threading
-import time
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,8 +14,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from paraval.errors import BadValueError, CorruptStoreError, WrongTypeError
-from paraval.storage.base import Storage, UnknownIdError
+from paraval.errors import BadValueError, CorruptStoreError, StorageError, WrongTypeError
+from paraval.storage.base import Storage, UnknownIdError, UnstorableError
 from paraval.storage.records import JobChange, JobRecord, adopt
 from paraval.storage.sqlite import entries, rows, values
 from paraval.storage.sqlite.database import ClosedError, Database, TakenError
@@ -60,6 +59,7 @@ class SqliteStorage(Storage):
         self._path = Path(os.path.realpath(folder), name)
         self._timeout = timeout
         self._lost: dict[str, TakenError] = {}
+        self._store_id: bytes | None = None
         self._database: Database | None = None
         self._use(open_database(self._path, timeout, may_create=True))
 
@@ -68,10 +68,10 @@ class SqliteStorage(Storage):
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()  # whoever gets it shall find what is there
-        return {"path": self._path, "timeout": self._timeout}
+        return {"path": self._path, "timeout": self._timeout, "store_id": self._store_id}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._path, self._timeout = state["path"], state["timeout"]
+        self._path, self._timeout, self._store_id = state["path"], state["timeout"], state["store_id"]
         self._lost = {}
         self._database = None
 
@@ -107,6 +107,10 @@ class SqliteStorage(Storage):
         return database
 
     def _use(self, database: Database) -> Database:
+        if self._store_id not in {None, database.store_id}:
+            close_database(database)
+            raise StorageError(f"the store {str(self._path)!r} was replaced by another one since it was opened first")
+        self._store_id = database.store_id
         database.lost.update(self._lost)  # of those that it used before
         self._database, self._lost = database, database.lost
         self._finalizer = weakref.finalize(self, drop_database, database)
@@ -123,6 +127,8 @@ class SqliteStorage(Storage):
         return self._read(rows.search_ids)
 
     def put_value(self, search_id: str, key: str, value: Any) -> None:
+        if type(key) is not str:  # SQLite would make one of it
+            raise UnstorableError(f"the key of a value of a search should be a str, not {key!r:.80}")
         data = values.sealed(value, "value", values.place_of(search_id, key))
 
         def call(connection: sqlite3.Connection) -> None:
@@ -254,22 +260,22 @@ class SqliteStorage(Storage):
             raise DamageError(f"it lacks what {len(history.unknown)} jobs were before")
         return history
 
-    # -- leases: by the clock of the host, which is one for all who can share a file -----------------------------------
+    # -- leases --------------------------------------------------------------------------------------------------------
 
     def renew(self, owner: str, seconds: float) -> None:
-        def call(connection: sqlite3.Connection) -> dict[str, float]:
-            now = time.time()
-            leases = {one: ends for one, ends in values.read_leases(connection).items() if ends > now and one != owner}
+        def call(connection: sqlite3.Connection) -> dict[str, values.Lease]:
+            known = values.read_leases(connection)
+            leases = {one: lease for one, lease in known.items() if one != owner and values.is_running(lease)}
             if seconds > 0:
-                leases[owner] = now + seconds
+                leases[owner] = values.lease_for(seconds)
             values.write_leases(connection, leases)
             return leases
 
         self._write(call, lambda connection, leases: values.read_leases(connection) == leases)
 
     def owners(self) -> set[str]:
-        leases, now = self._read(values.read_leases), time.time()
-        return {owner for owner, ends in leases.items() if ends > now}
+        leases = self._read(values.read_leases)
+        return {owner for owner, lease in leases.items() if values.is_running(lease)}
 
     def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
         wanted = {rows.numbers_of(job_id): (job_id, revision) for job_id, revision in revisions.items()}

@@ -37,6 +37,7 @@ unique_async.__qualname__ = unique.__qualname__  # so that one method can go on 
 def drive(method: str, url: str, history: str) -> None:
     """Live once."""
     file = os.open(history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(file, b"\n")  # the last life may have been ended within a line
     evaluator = Evaluator.create(
         unique_async if method == "serial" else unique,
         method,
@@ -50,7 +51,7 @@ def drive(method: str, url: str, history: str) -> None:
                 evaluator.submit(parts.pop(0))
             jobs = evaluator.gather("BATCH", 1)
             left -= len(jobs)
-            lines = [f"{job.id} {job.args['x']} {job.output or (job.error and job.error.message)}\n" for job in jobs]
+            lines = [f"{job.id} {job.args['x']} {job.output or (job.error and job.error.message)} .\n" for job in jobs]
             os.write(file, "".join(lines).encode())
     os.write(file, b"end\n")
 

@@ -84,7 +84,10 @@ class Campaign:
         """Compare; tell whether a driver has come to the end."""
         if not self.history.exists():
             return False
-        lines = self.history.read_text().split("\n")[:-1]  # a line that was cut by the kill is none
+        # A line that was cut by the kill, which may be at the end of a page of the file, is none.
+        lines = [
+            line.removesuffix(" .") for line in self.history.read_text().split("\n") if line.endswith((" .", "end"))
+        ]
         acknowledged: dict[str, str] = {}
         for line in lines:
             if line != "end":

@@ -27,7 +27,7 @@ from paraval.errors import (
 from paraval.storage import JobChange, RedisStorage, UnknownIdError
 from redis_server import RedisServer, check_everything, do_everything, insert, needs_redis, reopened
 from support import in_threads, run_program, until
-from tcp_proxy import Fate, Proxy, Way
+from tcp_proxy import Fate, Proxy, Way, pass_all
 
 redis_server = real.redis_server  # the fixtures
 prefix = real.prefix
@@ -143,6 +143,108 @@ def test_it_does_not_wait_for_ever_for_an_answer(proxy: Proxy, prefix: str) -> N
     with pytest.raises(StoreUnreachableError, match=r"did not answer within 0.1 s \(timeout=\).*tried for 0.2 s"):
         insert(far, "0", 1)
     far.close()
+
+
+@pytest.fixture
+def hasty(proxy: Proxy, prefix: str) -> Iterator[RedisStorage]:
+    """A storage at the end of a bad line that gives up soon."""
+    hasty = RedisStorage(f"redis://127.0.0.1:{proxy.port}/0", prefix=prefix, retry_for=0.05, timeout=5)
+    yield hasty
+    hasty.close()
+
+
+def is_given_up(proxy: Proxy, call: Callable[[], object], times: int = 1) -> None:
+    """Have a call executed, its answer lost, and the line down until it, and some like it, were given up."""
+    was_asked = is_down = False
+
+    def rule(way: Way, data: bytes) -> Fate:
+        nonlocal was_asked, is_down
+        if way is Way.TO_SERVER:
+            was_asked = was_asked or b"EVALSHA" in data
+        elif was_asked:
+            is_down = True
+        return Fate.CUT if is_down else Fate.PASS
+
+    proxy.rule = rule
+    for _ in range(times):
+        with pytest.raises(StoreUnreachableError, match="may have been executed or not"):
+            call()
+    assert is_down
+    proxy.rule = pass_all
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("name", ["new_search", "insert", "update", "adopt"])
+def test_a_write_that_was_given_up_and_is_made_again_is_done_once(
+    proxy: Proxy, hasty: RedisStorage, storage: RedisStorage, name: str, times: int
+) -> None:
+    insert(storage, storage.new_search(), 1)
+    storage.update([JobChange("0.0", out=1)])  # the server knows the scripts
+    hasty.connect()
+    call: Callable[[], object] = {
+        "new_search": hasty.new_search,
+        "insert": lambda: insert(hasty, "0", 1, args=({"x": 1},)),
+        "update": lambda: hasty.update([JobChange("0.0", intermediate=(1.0, 1.0))]),
+        "adopt": lambda: hasty.adopt({"0.0": 2}, "you"),
+    }[name]
+    is_given_up(proxy, call, times)
+    before = storage.scan("0"), storage.search_ids()
+    answer = {"new_search": "1", "insert": ["0.1"], "update": None, "adopt": {"0.0"}}[name]
+    assert call() == answer
+    assert (storage.scan("0"), storage.search_ids()) == before
+    if name != "adopt":  # which has a condition
+        assert call() == {"new_search": "2", "insert": ["0.2"], "update": None}[name], "it is another one"
+        assert (storage.scan("0"), storage.search_ids()) != before
+
+
+def test_what_was_given_up_is_another_one_after_another_write(
+    proxy: Proxy, hasty: RedisStorage, storage: RedisStorage
+) -> None:
+    insert(storage, storage.new_search(), 1)
+    change, other = JobChange("0.0", out=1), JobChange("0.0", out=2)
+    storage.update([other])
+    hasty.connect()
+    is_given_up(proxy, lambda: hasty.update([change]))
+    hasty.update([other])
+    hasty.update([change])
+    assert storage.get(["0.0"])[0].out == 1
+
+
+def test_another_thread_does_not_disturb_who_tries_again(
+    proxy: Proxy, hasty: RedisStorage, storage: RedisStorage
+) -> None:
+    insert(storage, storage.new_search(), 1)
+    hasty.connect()
+    is_given_up(proxy, lambda: insert(hasty, "0", 1, args=({"x": 1},)))
+    in_threads(lambda: insert(hasty, "0", 3, args=({"x": 2},)))
+    assert insert(hasty, "0", 1, args=({"x": 1},)) == ["0.1"]
+    assert len(storage.scan("0")[0]) == 5
+
+
+def test_a_lease_that_was_given_up_runs_from_when_it_is_taken_again(
+    proxy: Proxy, hasty: RedisStorage, storage: RedisStorage
+) -> None:
+    storage.renew("me", 100)
+    hasty.connect()
+    is_given_up(proxy, lambda: hasty.renew("me", 100))
+    storage.renew("me", 0)
+    hasty.renew("me", 100)
+    assert storage.owners() == {"me"}
+
+
+def test_a_child_does_not_try_again_what_its_parent_gave_up(
+    proxy: Proxy, hasty: RedisStorage, storage: RedisStorage
+) -> None:
+    insert(storage, storage.new_search(), 1)
+    hasty.connect()
+    is_given_up(proxy, lambda: insert(hasty, "0", 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the proxy has threads, which the child does not need
+        pid = os.fork()
+    if pid == 0:
+        os._exit(insert(hasty, "0", 1) != ["0.2"])
+    assert os.waitpid(pid, 0)[1] == 0
+    assert insert(hasty, "0", 1) == ["0.1"]
 
 
 def test_an_address_that_never_answered_is_an_error_at_once(proxy: Proxy, prefix: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import pytest
 
 from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
 from paraval.engine.known.owners import new_owner
+from paraval.engine.running import following
 from paraval.functions import name_of
+from paraval.outcome import JobError
 from paraval.storage import JobChange, JobRecord, MemoryStorage, SqliteStorage, Storage
-from support import Stage, configurations, ids, make, soon, until_async
+from support import Stage, configurations, ids, make, soon, until, until_async
 
 
 class Elsewhere(MemoryStorage):
@@ -218,6 +220,75 @@ async def test_what_a_driver_leaves_that_goes_is_taken_over(storage: Storage) ->
         (job,) = await soon(evaluator.gather_async("ALL"))
     assert calls.seen == [("0.0", 0)]
     assert (job.id, job.output) == ("0.0", 0)
+
+
+def test_a_job_is_run_whose_adoption_was_done_without_an_answer() -> None:
+    class Mute(Elsewhere):
+        lost = 0
+
+        def adopt(self, revisions: Mapping[str, int], owner: str) -> set[str]:
+            adopted = super().adopt(revisions, owner)
+            if not self.lost:
+                self.lost += 1
+                raise OSError(104, "the answer was lost")
+            return adopted
+
+    storage, calls, owner = Mute(), Calls(), new_owner()
+    storage.renew(owner, math.inf)
+    left_behind(storage, owner, calls.run, JobStatus.RUNNING)
+    with resumed(storage, calls.run) as evaluator:
+        evaluator.submit([{"x": 0}])
+        assert not storage.lost
+        storage.renew(owner, 0)
+        (job,) = evaluator.gather("ALL")
+    assert storage.lost
+    assert calls.seen == [("0.0", 0)]
+    assert job.output == 0
+    assert storage.get(["0.0"])[0].attempts == 1
+
+
+class Asked(Elsewhere):
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.got: list[str] = []
+        self.scans = 0
+
+    def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
+        asked = [*job_ids]
+        self.got += asked
+        return super().get(asked)
+
+    def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
+        self.scans += 1
+        return super().scan(search_id, since)
+
+
+def test_of_many_that_are_followed_only_what_has_changed_is_read() -> None:
+    storage, calls, owner = Asked(), Calls(), new_owner()
+    count = 2 * following._FEW
+    storage.renew(owner, math.inf)
+    left_behind(storage, owner, calls.run, *[JobStatus.RUNNING] * count)
+
+    def looks(count: int) -> None:
+        before = storage.scans
+        until(lambda: storage.scans >= before + count)
+
+    with resumed(storage, calls.run) as evaluator:
+        evaluator.submit(configurations(count))
+        looks(2)
+        storage.got.clear()
+        looks(3)
+        assert storage.got == []
+        storage.update([JobChange(f"0.{x}", status=JobStatus.DONE.value, out=-x, by=owner) for x in range(40)])
+        jobs = evaluator.gather("BATCH", 40)
+        assert sorted(job.output for job in jobs) == [-x for x in reversed(range(40))]
+        assert all(job.restored for job in jobs)
+        storage.renew(owner, 0)
+        jobs = evaluator.gather("ALL")
+        assert {job.id: job.output for job in jobs} == {f"0.{x}": 2 * x for x in range(40, count)}
+    assert len(calls.seen) == count - 40
 
 
 def test_who_was_robbed_changes_nothing_any_more(storage: Storage) -> None:
@@ -485,6 +556,53 @@ def test_who_joined_a_failure_is_run(storage: Storage) -> None:
         jobs = evaluator.gather("ALL")
     assert len(calls.seen) == 2
     assert all(job.error is not None and job.reused is None for job in jobs)
+
+
+def test_of_those_that_joined_a_failure_one_is_run_for_all(storage: Storage) -> None:
+    seen: list[str | None] = []
+
+    def run(job: RunningJob) -> int:
+        seen.append(job.id)
+        if len(seen) <= 2:
+            raise ValueError("it went wrong")
+        return 7
+
+    with make("thread", run, storage=storage, reuse=True, num_workers=4) as evaluator:
+        evaluator.submit([{"x": 1}] * 8)
+        jobs = {job.id: job for job in evaluator.gather("ALL")}
+    assert seen == ["0.0", "0.1", "0.2"]
+    assert [jobs[f"0.{x}"].failed for x in range(8)] == [True] * 2 + [False] * 6
+    assert [jobs[f"0.{x}"].reused for x in range(2, 8)] == [None] + ["0.2"] * 5
+
+
+def test_of_what_a_driver_that_is_gone_had_one_is_run_for_all_who_joined(storage: Storage) -> None:
+    stage = Stage()
+    left_behind(storage, "gone", stage.polite, JobStatus.RUNNING)
+    with make("thread", stage.polite, storage=storage, reuse=True, num_workers=4) as evaluator, stage:
+        evaluator.submit([{"x": 0}] * 5)
+        stage.started(0).wait()
+        evaluator.submit([{"x": 0}] * 5)  # the storage still has it as open
+        stage.release(0)
+        jobs = {job.id: job for job in evaluator.gather("ALL")}
+    assert [jobs[f"1.{x}"].output for x in range(10)] == [0] * 10
+    assert [jobs[f"1.{x}"].reused for x in range(10)] == [None] + ["1.0"] * 9
+
+
+@pytest.mark.parametrize("end", ["closed", "gone"])
+def test_those_who_joined_a_driver_that_ends_run_one_for_all(storage: Storage, end: str) -> None:
+    calls, owner = Calls(), new_owner()
+    storage.renew(owner, math.inf)
+    left_behind(storage, owner, calls.run, JobStatus.RUNNING)
+    with make("thread", calls.run, storage=storage, reuse=True, num_workers=4) as evaluator:
+        evaluator.submit([{"x": 0}] * 5)
+        if end == "gone":
+            storage.renew(owner, 0)
+        else:
+            closed = JobError("cancelled", "the evaluator was closed")
+            storage.update([JobChange("0.0", status=JobStatus.CANCELLED.value, error=closed, by=owner)])
+        jobs = evaluator.gather("ALL")
+    assert len(calls.seen) == 1
+    assert sorted(job.reused or "" for job in jobs) == [""] + ["1.0"] * 4
 
 
 def test_objects_that_no_store_could_keep_are_like_no_other() -> None:

@@ -791,3 +791,24 @@ def test_keys_of_values_are_text(new_path: Callable[[], Path], key: Any) -> None
             storage.put_value("0", key, 1)
         with pytest.raises(UnknownIdError, match="no value 'other'"):
             storage.get_value("0", "other")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("made_by_another", [False, True])
+def test_a_store_that_is_still_open_here_does_not_stand_for_the_one_in_its_place(
+    new_path: Callable[[], Path], made_by_another: bool
+) -> None:
+    path, other = new_path(), new_path()
+    with SqliteStorage(path) as storage, SqliteStorage(other) as another:
+        storage.new_search()
+        another.close()
+        storage._opened()._disconnect()  # as before a fork: so the inode may be another file's
+        if made_by_another:
+            path.write_bytes(other.read_bytes())
+        else:
+            path.unlink()  # and most file systems give the next file the same inode
+        with SqliteStorage(path) as in_its_place:
+            assert in_its_place.search_ids() == []
+            assert in_its_place.new_search() == "0"
+            with pytest.raises(StorageError, match="was replaced by another"):
+                storage.search_ids()

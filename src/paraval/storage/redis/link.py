@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 import warnings
 from collections import deque
@@ -32,6 +33,10 @@ _PAUSES_S: Final = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Between one try and the next; the last one from then on."""
 _REMEMBERED_S: Final = 600.0
 """How long the server remembers a write beyond the time for which it may be repeated."""
+_CALLS: Final = 6
+"""So many calls, each with its ``retry_for``, may repeat one write."""
+_SOON_S: Final = 10.0
+"""The same call, when it comes so soon after one that was given up, is another try of it."""
 
 
 class Link:
@@ -51,9 +56,11 @@ class Link:
         self.known = known
         self._server = server
         self._prefix = prefix
-        self._remembered_ms = int(1000 * (_REMEMBERED_S + 2 * server.retry_for))
+        self._span = (_CALLS - 1) * server.retry_for
+        self._remembered_ms = int(1000 * (_REMEMBERED_S + _CALLS * server.retry_for))
         # Idle connections. A deque needs no lock, which in a forked child might be held by a thread that is not there.
         self._idle: deque[_Lane] = deque()
+        self._given_up_here = _GivenUp()
         self._pid = os.getpid()
 
     def run(self, script: Script, *args: bytes, patient: bool = True) -> list[Any]:
@@ -62,23 +69,28 @@ class Link:
         Args:
             script: which.
             args: its arguments.
-            patient: whether to try again when the connection is lost. What had been executed is not executed twice.
+            patient: whether to try again when the connection is lost. What had been executed is not executed twice,
+                nor is it when the thread that got an error makes the very same call again soon, and no other write
+                before.
 
         Raises:
             StorageError: it was not possible, and trying again did not help, or would not have.
         """
         if self._pid != os.getpid():  # what the parent has open belongs to it
-            self._idle, self._pid = deque(), os.getpid()
+            self._idle, self._given_up_here, self._pid = deque(), _GivenUp(), os.getpid()
         idle = self._idle
-        try:
-            lane = idle.pop()
-        except IndexError:
-            lane = _Lane(self._server)
+        lane = self._given_up_here.take(script, args) if script.writes else None
+        if lane is None:
+            try:
+                lane = idle.pop()
+            except IndexError:
+                lane = _Lane(self._server)
         try:
             answer = self._run(lane, script, args, patient=patient)
         except BaseException:
             lane.connection.disconnect()  # an answer may still come, and would be taken for that of the next call
             raise
+        lane.repeats_since = None
         idle.append(lane)
         return answer
 
@@ -91,6 +103,7 @@ class Link:
                 return
 
     def _run(self, lane: _Lane, script: Script, args: tuple[bytes, ...], *, patient: bool) -> list[Any]:
+        given = args
         if script.writes:
             lane.turn += 1
             args = (lane.session, b"%d" % lane.turn, b"%d" % self._remembered_ms, *args)
@@ -113,6 +126,9 @@ class Link:
             lane.connection.disconnect()
             passes = self.known if failure.passes is None else failure.passes
             if not passes or not patient or time.monotonic() - began + pause > self._server.retry_for:
+                was_sent = was_sent or lane.repeats_since is not None  # by this call, or by the one before
+                if was_sent and script.exact:
+                    self._given_up_here.keep(lane, script, given, began, _REMEMBERED_S / 2 + self._span)
                 raise self._given_up(failure.error(self._server), passes and patient, was_sent and script.writes)
             if not pause:
                 _logger.warning("%s; trying again for %g s", failure.error(self._server), self._server.retry_for)
@@ -154,14 +170,16 @@ class _Lane:
         connection: the library's.
         session: what the server knows it by, also when it is connected anew.
         turn: the number of its last write.
+        repeats_since: when that was sent for the first time, if calls repeat it.
     """
 
-    __slots__ = ("connection", "session", "turn")
+    __slots__ = ("connection", "repeats_since", "session", "turn")
 
     def __init__(self, server: Server) -> None:
         self.connection = server.connection()
         self.session = os.urandom(12).hex().encode()
         self.turn = 0
+        self.repeats_since: float | None = None
 
     def run(self, script: Script, prefix: bytes, args: tuple[bytes, ...]) -> list[Any]:
         """Run a script, which the server knows by its hash from the second time on."""
@@ -177,6 +195,39 @@ class _Lane:
         connection = self.connection
         connection.send_packed_command(_in_pieces(connection.pack_command(*command)))
         return connection.read_response()
+
+
+class _GivenUp(threading.local):
+    """The write of this thread that was given up last, and may have been executed or not.
+
+    Storages are called again by whoever has more patience. Under a new number, what had been executed would be executed
+    twice: a second record of a job, say. So the lane does not go back to the idle ones, and keeps its turn. The same
+    call takes it again, and the server answers what it has executed already; any other write drops it. As nobody uses
+    the lane in between, no other write has this turn.
+
+    Each thread has its own, as who tries again does so in the same thread, while others write other things. One that
+    meant the same once more, and not another try, is told that it is done, as it is: the first call came to nothing.
+    """
+
+    lane: _Lane | None = None
+    write: tuple[Script, tuple[bytes, ...]] | None = None
+    until = 0.0
+
+    def keep(self, lane: _Lane, script: Script, args: tuple[bytes, ...], began: float, span: float) -> None:
+        """Keep a lane whose last write began then, and is remembered by the server for longer than this span."""
+        if lane.repeats_since is None:
+            lane.repeats_since = began
+        lane.turn -= 1  # so that the next write has the same number
+        self.lane, self.write = lane, (script, args)
+        self.until = min(time.monotonic() + _SOON_S, lane.repeats_since + span)
+
+    def take(self, script: Script, args: tuple[bytes, ...]) -> _Lane | None:
+        """Give the lane for this write, if it is the one that was given up; forget it in any case."""
+        lane, write = self.lane, self.write
+        if lane is None:
+            return None
+        self.lane = self.write = None
+        return lane if write == (script, args) and time.monotonic() < self.until else None
 
 
 def _in_pieces(packed: list[bytes]) -> list[bytes | memoryview]:

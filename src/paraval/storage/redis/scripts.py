@@ -27,7 +27,8 @@ Lua keeps each string once. Older servers look for it among those whose last byt
 is long should end in different ways. A revision does, and so does a check sum.
 
 A write whose answer was lost is sent again. Each connection numbers its writes, and the server remembers the last one
-with its answer, in the same step: the second copy is answered, not executed.
+with its answer, in the same step: the second copy is answered, not executed. A call that was given up and is made again
+has the same number where it matters.
 
 Each script looks at everything that may be wrong before it changes anything, as Redis does not roll back.
 """
@@ -70,10 +71,13 @@ class Script:
         text: the program.
         sha: what the server calls it.
         writes: it takes a session's name, the number of the write, and how long to remember it (ms), before all else.
+        exact: it matters whether it is executed once or twice. Where it does not, what is meant may be the second time:
+            a lease runs from then.
     """
 
-    def __init__(self, *pieces: str, writes: bool = False) -> None:
+    def __init__(self, *pieces: str, writes: bool = False, exact: bool = False) -> None:
         self.writes = writes
+        self.exact = exact
         self.text = "\n".join([_START, *([_ONCE] if writes else []), *pieces]).encode()
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
 
@@ -212,6 +216,7 @@ call('HSET', searches, id, 0)
 return done({'ok', id})
 """,
     writes=True,
+    exact=True,
 )
 
 # search; then for those jobs of each owner: the owner, where the frames begin and end, the frames
@@ -250,6 +255,7 @@ end
 return done(answer)
 """,
     writes=True,
+    exact=True,
 )
 
 # new owner ('': the same as before), then for each search: its id, numbers, the same (6 bytes each), conditions,
@@ -356,6 +362,7 @@ end
 return done({'ok', ids})
 """,
     writes=True,
+    exact=True,
 )
 
 # search, numbers -> the jobs

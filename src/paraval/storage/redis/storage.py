@@ -44,7 +44,8 @@ class RedisStorage(Storage):
     All who give the same server, database and prefix share what is there, on any machine. An operation is one step of
     the server: all or none of it happens, and no number is given out twice. One whose connection is lost is tried again
     for ``retry_for`` seconds, and the server does not execute it twice; when it stays lost, there is an error, and what
-    was sent last may have been executed or not.
+    was sent last may have been executed or not. If the thread makes the same call again within ten seconds, and writes
+    nothing else before, that is another try: it is not executed twice either.
 
     Values are written as MessagePack, never pickle: whoever can write to the server cannot make a driver run anything.
     They are not encrypted.

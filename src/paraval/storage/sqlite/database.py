@@ -18,7 +18,7 @@ from paraval.storage.sqlite.failures import SQLITE_ERRORS, explained, leaves_dou
 from paraval.storage.sqlite.opening import connect, look
 from paraval.storage.sqlite.waiting import LockedError, until_free
 
-__all__ = ["ClosedError", "Database", "TakenError"]
+__all__ = ["ClosedError", "Database", "ReplacedError", "TakenError"]
 
 T = TypeVar("T")
 _Call = Callable[[sqlite3.Connection], T]
@@ -33,6 +33,10 @@ _GRIP: Final = "SELECT name FROM sqlite_master"
 
 class ClosedError(StorageError):
     """Nobody uses this database any more, so nothing was done; there may be a new one of the same file."""
+
+
+class ReplacedError(StorageError):
+    """Another store is where this one was."""
 
 
 class TakenError(StorageError):
@@ -436,7 +440,7 @@ class Database:
         if self.store_id is None:
             (self.store_id,) = found[0]
         elif (self.store_id,) != found[0]:
-            raise StorageError(f"the store {str(self._path)!r} was replaced by another one while it was in use")
+            raise ReplacedError(f"the store {str(self._path)!r} was replaced by another one while it was in use")
 
     def _loosen(self) -> None:
         grip, self._grip = self._grip, None

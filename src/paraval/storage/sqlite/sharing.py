@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from paraval.errors import ParavalError
-from paraval.storage.sqlite.database import Database
-from paraval.storage.sqlite.opening import locate
+from paraval.storage.sqlite.database import Database, ReplacedError
+from paraval.storage.sqlite.opening import locate, look
 
 __all__ = ["close_database", "drop_database", "open_database"]
 
@@ -24,21 +24,34 @@ def open_database(path: Path, patience_s: float, *, may_create: bool) -> Databas
     Raises:
         StorageError: as :func:`~paraval.storage.sqlite.opening.locate` and ``connect``.
     """
+    while True:
+        with _registry_lock:
+            _close_dropped()
+            was_there = look(path) is not None
+            found = locate(path, may_create=may_create)
+            identity = (found.st_dev, found.st_ino)
+            if identity in _registry and was_there:
+                database = _registry[identity]
+                database.users += 1
+            else:  # who is registered as a file that is new had one that was removed, and closed while forking, say
+                database = _registry[identity] = Database(path, identity, patience_s, may_create=may_create)
+        try:
+            database.connect()
+        except BaseException as exc:
+            close_database(database)
+            if isinstance(exc, ReplacedError) and _forget(database):
+                continue  # likewise, and another program has made the new one
+            raise
+        return database
+
+
+def _forget(database: Database) -> bool:
+    """Have the next who opens the file get another database; whoever uses this one will find that its file is gone."""
     with _registry_lock:
-        _close_dropped()
-        found = locate(path, may_create=may_create)
-        identity = (found.st_dev, found.st_ino)
-        if identity in _registry:
-            database = _registry[identity]
-            database.users += 1
-        else:
-            database = _registry[identity] = Database(path, identity, patience_s, may_create=may_create)
-    try:
-        database.connect()
-    except BaseException:
-        close_database(database)
-        raise
-    return database
+        if _registry.get(database.identity) is database:
+            del _registry[database.identity]
+            return True
+        return False
 
 
 def close_database(database: Database) -> None:
@@ -89,7 +102,7 @@ def _close_dropped() -> None:
 
 def _is_last_user(database: Database) -> bool:
     database.users -= 1
-    if database.users == 0:
+    if database.users == 0 and _registry.get(database.identity) is database:
         del _registry[database.identity]
     return database.users == 0
 

@@ -325,18 +325,15 @@ class Evaluator(ReferenceNames, abc.ABC):
         self, configurations: list[Args], private: Callable[[], object] | None = None, launched: list[Job] | None = None
     ) -> None:
         """Launch jobs; they are added to ``launched``, also where a cancellation is raised in the end."""
+        into = [] if launched is None else launched
+        if not self._intake.is_slow:
+            into += self._intake.launch(configurations, private)
+            return
 
         async def launch() -> None:
-            jobs = await call_in_common_thread(self._intake.launch, configurations, private)
-            if launched is not None:
-                launched.extend(jobs)
+            into.extend(await call_in_common_thread(self._intake.launch, configurations, private))
 
-        if self._intake.is_slow:  # to the end: a cancellation must not come between recording and launching
-            await to_the_end(launch)
-            return
-        jobs = self._intake.launch(configurations, private)
-        if launched is not None:
-            launched.extend(jobs)
+        await to_the_end(launch)  # a cancellation must not come between recording and launching
 
     def _refuse_submission(self) -> None:
         self._life.refuse_after_fork()

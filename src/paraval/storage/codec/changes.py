@@ -76,7 +76,7 @@ def encode_ends(changes: Sequence[JobChange], numbers: Sequence[int]) -> bytes |
     if set(map(type, outs)) != {float}:
         outs = [out if is_plain(out) else _plain("out", out) for out in outs]
     notes: list[Any] = [change.metadata for change in changes]
-    if not are_flat(notes):
+    if len(notes) == 1 or not are_flat(notes):
         notes = [one if is_plain(one) else _plain("metadata", one) for one in notes]
     try:
         return encoder.encode((numbers, statuses, outs, notes))

@@ -48,7 +48,8 @@ def encode_records(records: Sequence[JobRecord], numbers: Sequence[int] = ()) ->
     Raises:
         UnstorableError: as above.
     """
-    looked_at = records if _are_as_submitted(records) else [_looked_at(record) for record in records]
+    are_seen = len(records) > 1 and _are_as_submitted(records)  # a look at one costs less
+    looked_at = records if are_seen else [_looked_at(record) for record in records]
     try:
         return encoder.encode((numbers, looked_at))
     except UNSEEN:

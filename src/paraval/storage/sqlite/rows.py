@@ -247,6 +247,9 @@ def _end(number: int) -> int:
 
 def numbers_in_one_search(job_ids: Sequence[str]) -> tuple[int, list[int]] | None:
     """Give the number of their search and those of the jobs, if they are all of one: in few steps for any number."""
+    if len(job_ids) == 1:  # mostly, where jobs come one by one
+        search_number, number = numbers_of(job_ids[0])
+        return search_number, [number]
     if set(map(type, job_ids)) != {str}:
         return None
     search, dot, _ = job_ids[0].partition(".")

@@ -107,19 +107,24 @@ class Channel:
         frames, self._frames = self._frames, ()
         return frames
 
-    async def rest(self, seconds: float) -> None:
-        """Leave for so long what comes where it is: what was read in one go has cost one turn of the loop."""
-        loop = self._begin_to_watch()
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Leave what comes where it is, but for what :meth:`look` takes: so it costs no turn of the loop for each."""
+        self._begin_to_watch()
         watching = self._watching
         if watching is not None:
             watching.remove_reader(self._source)
         self.is_resting = True
         try:
-            await loop.sleep(seconds)
+            yield
         finally:
             self.is_resting = False
             if watching is not None and self._watching is watching:
                 watching.add_reader(self._source, self._read)
+
+    async def rest(self, seconds: float) -> None:
+        """Wait, while :meth:`resting`."""
+        await self._begin_to_watch().sleep(seconds)
 
     def look(self, kinds: Container[str]) -> Sequence[Frame]:
         """Give what has come, up to the first frame that is not of these kinds. Not while :meth:`receive` waits."""
@@ -137,6 +142,11 @@ class Channel:
                 self._watching = asyncio.get_running_loop()
                 self._watching.add_reader(self._source, self._read)
         return loop
+
+    @property
+    def wants_to_be_heard(self) -> bool:
+        """Whether there is something for :meth:`receive`."""
+        return bool(self._frames) or self._failure is not None
 
     @property
     def is_broken(self) -> bool:

@@ -117,10 +117,10 @@ class ProcessSlot(Slot):
                 if self._backend.memory_limit is not None:
                     process.watch_memory(self._backend.memory_limit.bytes)
             while sent:
-                rest = self._rest(process, batch)
-                if rest:
-                    await process.rest(rest)
-                await self._receive(process, batch, sent)
+                if self._rest(process, batch):
+                    await self._leave_alone(process, batch, sent)
+                else:
+                    await self._receive(process, batch, sent)
                 batch.has_waited = True
                 if sent:
                     batch.report()
@@ -141,6 +141,16 @@ class ProcessSlot(Slot):
         if self._backend.jobs_left(process) == 0 or self._cannot_be_set_up:
             await self._let_go()
 
+    async def _leave_alone(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
+        """Look now and then what the worker has reported, for as long as it has enough to do."""
+        with process.resting():
+            while rest := self._rest(process, batch):
+                await process.rest(rest)
+                before = len(sent)
+                self._look(process, batch, sent)
+                if len(sent) < before and sent:
+                    batch.report()
+
     def _rest(self, process: WorkerProcess, batch: Batch) -> float:
         """Give the seconds for which the worker can be left alone: 0 if it may want something.
 
@@ -150,7 +160,7 @@ class ProcessSlot(Slot):
         """
         if batch.seconds_left() < _REST_S or batch.waits_for_worker:
             return 0.0
-        if process.makes_calls or process.largest > _LIGHT:
+        if process.makes_calls or process.largest > _LIGHT or process.wants_to_be_heard:
             return 0.0
         now = self._spec.clock()
         return (now // _REST_S + 1) * _REST_S - now

@@ -19,10 +19,8 @@ from paraval.callback import Callback
 from paraval.errors import UsageError
 from paraval.storage import JobRecord, MemoryStorage
 from support import WAIT_S, Latch, configurations, double, in_thread, run_program, soon, until, until_async
+from workers import needs_trio
 
-needs_trio = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("trio"), reason="trio is not installed (extra 'trio')"
-)
 both_loops = pytest.mark.parametrize("backend", ["asyncio", pytest.param("trio", marks=needs_trio)])
 
 

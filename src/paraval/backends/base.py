@@ -401,7 +401,7 @@ class Slot(abc.ABC):
         """Stop what was begun, as a :meth:`run` that is cancelled does; and end when it would."""
         raise NotImplementedError
 
-    def catch_up(self, batch: Batch) -> None:  # noqa: B027 - likewise
+    def catch_up(self, batch: Batch) -> None:  # noqa: B027 - most slots leave nothing
         """Hand in at once what the worker has said of this batch already, and was left for later."""
 
     async def recover(self) -> None:  # noqa: B027 - most slots need nothing here

@@ -11,7 +11,7 @@ from paraval.outcome import Outcome, is_failure
 from paraval.storage import JobRecord, Storage, UnstorableError
 from paraval.storage.codec import key_of
 
-__all__ = ["NOTHING", "Answers", "Known", "args_of", "key_for"]
+__all__ = ["NOTHING", "Answers", "Known", "key_for"]
 
 _LOOKS_AT: Final = 8
 """So many searches in which nothing happens are looked at in each update."""
@@ -77,7 +77,7 @@ class Answers:
         """Take in what is new in a search; tell whether anything is."""
         records, revision = self._storage.scan(search_id, self._revisions[search_id])
         for record in records:
-            key = key_for(record.function, args_of(record)) if record.function == self._function else None
+            key = key_for(record.function, record.configuration) if record.function == self._function else None
             if key is not None:
                 self._note(key, record, has_failed=objectives and is_failure(record.out))
         self._revisions[search_id] = revision
@@ -108,12 +108,6 @@ class Answers:
             return Known(twin=twins[key])
         twins[key] = index
         return NOTHING
-
-
-def args_of(record: JobRecord) -> Mapping[str, Any]:
-    """Give the configuration of a job."""
-    args = record.args[0] if record.args else None
-    return args if isinstance(args, Mapping) else {}
 
 
 def key_for(function: str | None, configuration: Mapping[str, Any]) -> bytes | None:

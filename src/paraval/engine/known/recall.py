@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paraval.engine.known.answers import NOTHING, Answers, Known, args_of, key_for
+from paraval.engine.known.answers import NOTHING, Answers, Known, key_for
 from paraval.engine.known.owners import living_owners
 from paraval.engine.reasons import OUT_OF_BUDGET, SURPLUS
 from paraval.job import HPOJob, Job, JobStatus
@@ -153,7 +153,7 @@ class Recall:
             if number_of(record.id) < self._next:
                 continue  # it has only changed: what is open is read again when it is met
             self._next = number_of(record.id) + 1
-            key = key_for(record.function, args_of(record)) if record.function == self._function else None
+            key = key_for(record.function, record.configuration) if record.function == self._function else None
             if key is not None and record.owner != self._owner:
                 self._left.setdefault((key, record.is_private), deque()).append(record)
         self._revision = revision
@@ -166,7 +166,7 @@ class Recall:
                     self._give_back(known.record, is_private=is_private)
 
     def _give_back(self, record: JobRecord, *, is_private: bool) -> None:
-        key = key_for(record.function, args_of(record))
+        key = key_for(record.function, record.configuration)
         if key is not None:
             records = self._left.setdefault((key, is_private), deque())
             number = number_of(record.id)
@@ -219,7 +219,7 @@ def _arranged(met: list[Known | int], keys: Sequence[bytes | None], rivals: Sequ
     pools: dict[bytes | None, deque[Known | int]] = {}
     for known in rivals:
         if known is not None and known.record is not None:
-            pools.setdefault(key_for(known.record.function, args_of(known.record)), deque()).append(known)
+            pools.setdefault(key_for(known.record.function, known.record.configuration), deque()).append(known)
     for index, key in enumerate(keys):
         if key in pools:
             pools[key].append(index)

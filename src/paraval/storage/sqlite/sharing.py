@@ -39,19 +39,18 @@ def open_database(path: Path, patience_s: float, *, may_create: bool) -> Databas
             database.connect()
         except BaseException as exc:
             close_database(database)
-            if isinstance(exc, ReplacedError) and _forget(database):
-                continue  # likewise, and another program has made the new one
-            raise
+            if not isinstance(exc, ReplacedError):
+                raise
+            _forget(database)  # likewise, and another program has made the new one
+            continue
         return database
 
 
-def _forget(database: Database) -> bool:
+def _forget(database: Database) -> None:
     """Have the next who opens the file get another database; whoever uses this one will find that its file is gone."""
     with _registry_lock:
         if _registry.get(database.identity) is database:
             del _registry[database.identity]
-            return True
-        return False
 
 
 def close_database(database: Database) -> None:

@@ -131,7 +131,7 @@ def test_a_worker_that_cannot_be_made_leaves_nothing_open(method: str) -> None:
     module, name = {"process": ("child", "WorkerProcess"), "loky": ("loky", "LokyWorker")}[method]
     worker_class = getattr(importlib.import_module(f"paraval.backends.{module}"), name)
     before = open_files()
-    for spare in range(9):
+    for spare in range(11):
         with no_more_files(spare), pytest.raises(OSError, match="Too many open files"):
             worker_class(b"", 100)
         assert open_files() == before

@@ -500,7 +500,7 @@ def test_a_worker_has_nothing_open_but_its_own() -> None:
         jobs = evaluator.gather("ALL")
     assert errors(jobs) == []
     for job in jobs:
-        assert sum(file.startswith("socket:") for file in job.output) == 1
+        assert sum(file.startswith("socket:") for file in job.output) == 2  # its channel and its tray
         assert "/dev/zero" not in job.output
     # Nor does what a job starts.
     (files,) = results(runfunctions.open_files_of_a_program, configurations(1))

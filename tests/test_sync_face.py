@@ -1346,12 +1346,20 @@ def test_batches_grow_while_jobs_are_tiny_and_shrink_at_once() -> None:
 
 def test_a_worker_that_is_far_has_short_jobs_to_go_on_with() -> None:
     sizer = BatchSizer("auto", num_workers=2, is_far=True)
+    assert not sizer.sends_ahead  # before it is known what the jobs are like
     sizer.learn(1, 0.010)
-    assert (sizer.next_size(10_000), sizer.in_order) == (8, True)  # of jobs that take 10 ms
-    assert sizer.hold_s == 0.1  # one that takes much longer keeps the others for a moment only
-    assert sizer.next_size(3) == 1  # what waits is not held back from other workers
+    assert sizer.sends_ahead
+    assert sizer.in_order
+    assert [sizer.next_stock(stock, 10_000) for stock in (1, 5, 8)] == [7, 3, 0]  # of jobs that take 10 ms
+    assert [sizer.next_stock(1, waiting) for waiting in (1, 5)] == [0, 2]  # no more than a fair share of what waits
     sizer.learn(5, 5 * 0.100)
-    assert (sizer.next_size(10_000), sizer.in_order) == (1, False)
+    assert [sizer.next_stock(stock, 10_000) for stock in (1, 2)] == [1, 0]  # of longer ones, one
+    assert sizer.patience_s == 0.2
+    sizer.learn(2, 2 * 0.300)
+    assert not sizer.sends_ahead  # they begin in their order
+    prompt = BatchSizer("auto", num_workers=2, is_far=True, may_be_long=False)
+    prompt.learn(5, 5 * 0.100)
+    assert (prompt.sends_ahead, prompt.in_order, prompt.next_size(10_000)) == (False, False, 1)
     for _ in range(12):
         size = sizer.next_size(10_000)
         sizer.learn(size, size * 0.001)  # for this worker they are tiny

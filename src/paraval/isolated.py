@@ -110,7 +110,8 @@ async def _run(
     import anyio
 
     from paraval.backends.base import Batch, RunSpec, WorkerDiedError
-    from paraval.backends.process import ProcessBackend, ProcessSlot
+    from paraval.backends.process import ProcessBackend
+    from paraval.backends.process_slot import ProcessSlot
     from paraval.storage import NullStorage
 
     if limit is not None:

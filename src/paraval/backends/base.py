@@ -10,7 +10,7 @@ import abc
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import anyio
@@ -134,13 +134,15 @@ class Batch:
         jobs: in their order; the list is the batch's own from now on.
         clock: seconds since the evaluator was created.
         report: called by slots that take all, on the engine's loop, when something is to be collected.
-        in_order: whether each is to be reported when it ends, so that it is always known which one runs. (Only for
-            slots of a backend that :attr:`~Backend.is_far`.)
+        in_order: whether jobs are to be sent one by one, so that it is always known which one runs. (Only for slots of
+            a backend that :attr:`~Backend.is_far`; likewise all that follow.)
         hold_s: for how many seconds a worker elsewhere may keep those that it has not started.
         pace_s: how many seconds each takes at least, going by those before; 0 if that is not known.
+        more: gives, for this batch, at most so many more jobs, in place of a next batch; None: there will be none.
 
     Attributes:
         current: the job that is known to run.
+        noted: the last one that was stored as running (the engine's own note).
         last_end: when the last of its jobs was finished on the clock; at first, when it was made.
         hurry: when its run is cancelled, kill at once: the job to stop is not known to be the one that runs.
         waits_for_worker: its worker is being set up, so no job's time has begun; or what it sent is being taken in, so
@@ -153,7 +155,8 @@ class Batch:
     __slots__ = (
         "_clock",
         "_finished",
-        "_pace_s",
+        "_lap",
+        "_more",
         "_returned",
         "_sent",
         "_size",
@@ -165,6 +168,8 @@ class Batch:
         "hurry",
         "in_order",
         "last_end",
+        "noted",
+        "pace_s",
         "report",
         "shortest_s",
         "waits_for_worker",
@@ -180,10 +185,12 @@ class Batch:
         in_order: bool = False,
         hold_s: float = 0.0,
         pace_s: float = 0.0,
+        more: Callable[[Batch, int], Sequence[Job]] | None = None,
     ) -> None:
         self.in_order = in_order
         self.hold_s = hold_s
-        self._pace_s = pace_s
+        self.pace_s = pace_s
+        self._more = more
         self._size = len(jobs)
         jobs.reverse()
         self._todo = jobs  # the next one is at the end
@@ -193,7 +200,9 @@ class Batch:
         self._clock = clock
         self.report = report
         self.created = self.last_end = clock()
+        self._lap = (0, self.created)
         self.current: Job | None = None
+        self.noted: Job | None = None
         self.hurry = False
         self.waits_for_worker = False
         self.shortest_s = math.inf
@@ -232,13 +241,43 @@ class Batch:
         if _CANCELLED in [job._status for job in jobs]:  # settled while the slot was not ready for them
             jobs = [job for job in jobs if job._status is not _CANCELLED]
         now = self._clock()
-        for job in jobs[:1] if self.in_order else jobs:
+        for job in jobs:
             job._started = now
             job._status = _RUNNING
         self._sent = {job.id: job for job in jobs}
-        if len(jobs) == 1 or (jobs and self.in_order):
+        if len(jobs) == 1:
             self.current = jobs[0]
         return self._sent
+
+    @property
+    def may_have_more(self) -> bool:
+        """Whether it is worth while to :meth:`ask_for_more`."""
+        return self._more is not None
+
+    def ask_for_more(self, most: int) -> Sequence[Job]:
+        """Give at most so many more jobs for the worker to have ahead, each for :meth:`take_more` or :meth:`refuse`."""
+        return () if self._more is None else self._more(self, most)
+
+    def take_more(self, jobs: Sequence[Job]) -> None:
+        """Say that the worker will find these when it is through with the others of :meth:`take_all`."""
+        self._size += len(jobs)
+        if self._sent is not None:
+            self._sent.update([(job.id, job) for job in jobs])
+
+    def go_on(self, job_ids: Sequence[str]) -> None:
+        """Say that the worker is at these jobs of :meth:`take_more` now, being through with those before."""
+        jobs = [job for job_id in job_ids if (job := (self._sent or {}).get(job_id)) is not None]
+        self.created = self.last_end
+        for job in jobs:
+            if job._status is JobStatus.READY:
+                job._started, job._status = self.last_end, _RUNNING
+        self.current = jobs[0] if len(jobs) == 1 else None
+
+    def refuse(self, jobs: Sequence[Job]) -> None:
+        """Give back jobs that were not taken after all; there shall be no more of them."""
+        self._more = None
+        self._returned = [*(self._returned or ()), *jobs]
+        self.report()
 
     def wait_for_worker(self) -> None:
         """Say that the worker is being set up: no job's time has begun."""
@@ -270,13 +309,15 @@ class Batch:
         self._finished.append((job, outcome, finished))
         if self.current is job:
             self.current = None
-            if self.in_order and self._sent:
-                self.current = current = next(iter(self._sent.values()))
-                current._started, current._status = finished, _RUNNING
 
     def seconds_left(self) -> float:
         """Say for how long the worker will have other jobs of :meth:`take_all` than the one that it is at, at least."""
-        return self._pace_s * (len(self._sent or ()) - 1)
+        return self.pace_s * (self.stock - 1)
+
+    @property
+    def stock(self) -> int:
+        """How many jobs of :meth:`take_all` and :meth:`take_more` are not finished."""
+        return len(self._sent or ())
 
     def give_back(self, job_ids: list[str], current: str, started: float) -> None:
         """Say which jobs of :meth:`take_all` the worker has not started, and which one keeps it busy since when."""
@@ -295,11 +336,17 @@ class Batch:
         if not self._size:
             self.was_cut = True
 
-    def _return(self, job_ids: list[str]) -> int:
+    def return_ahead(self, job_ids: Sequence[str]) -> None:
+        """Say which jobs of :meth:`take_more` were taken back from the worker, which has not begun them."""
+        self._size -= self._return(job_ids)
+
+    def _return(self, job_ids: Sequence[str]) -> int:
         sent = self._sent or {}
         jobs = [sent.pop(job_id) for job_id in job_ids if job_id in sent]
         for job in jobs:
             job._started, job._status = None, JobStatus.READY
+            if job is self.current:  # it was thought to have begun, as the one before it had ended
+                self.current = None
         self._returned = [*(self._returned or ()), *jobs]
         return len(jobs)
 
@@ -320,6 +367,23 @@ class Batch:
             return list(self._sent.values())
         current = self.current
         return [] if current is None else [current]
+
+    def lap(self, least: int = 1, least_s: float = 0.0) -> tuple[int, float, float] | None:
+        """Measure the jobs that have ended since the last lap, if they are so many, or have taken so many seconds.
+
+        Returns:
+            How many they are, how many seconds they took together, and the shortest of them; None when they are too
+            few, or say nothing.
+        """
+        before, begin = self._lap
+        ended = self._size - len(self._todo) - len(self._sent or ()) - before
+        seconds = self.last_end - begin
+        if not ended or (ended < least and seconds < least_s):
+            return None
+        self._lap = (before + ended, self.last_end)
+        shortest_s, self.shortest_s = self.shortest_s, math.inf
+        was_cut, self.was_cut = self.was_cut, False
+        return None if was_cut else (ended, seconds, shortest_s)
 
     def collect(self) -> list[Ended]:
         """Take the outcomes that were handed in since the last call."""
@@ -404,6 +468,14 @@ class Slot(abc.ABC):
     def catch_up(self, batch: Batch) -> None:  # noqa: B027 - most slots leave nothing
         """Hand in at once what the worker has said of this batch already, and was left for later."""
 
+    def take_back(self, batch: Batch) -> bool:  # noqa: ARG002 - most slots send nothing ahead
+        """Have the worker give back what it was given with :meth:`Batch.take_more` and has not begun.
+
+        Returns:
+            Whether it is known now which jobs it has; else that will be known in a moment.
+        """
+        return True
+
     async def recover(self) -> None:  # noqa: B027 - most slots need nothing here
         """After a cancelled ``run``: return when the slot can run jobs again."""
 
@@ -417,7 +489,8 @@ class Backend(abc.ABC):
     Attributes:
         is_on_home_loop: whether run-functions run on the engine's loop, which what they call must not block.
         batch_limit: most jobs that a worker may take at once; None: as many as seem good.
-        is_far: whether a trip to a worker takes long, and it can report each job of a batch as it ends.
+        is_far: whether a trip to a worker takes long, and its slot asks for more jobs (``Batch.more``) before it is
+            through with those that it has.
     """
 
     cancellation: ClassVar[Cancellation]

@@ -18,6 +18,7 @@ from typing import IO, ClassVar, Final
 import anyio
 
 from paraval.backends.channel import Channel
+from paraval.backends.tray import Tray
 from paraval.memory import MemoryMeter, WatchedProcess, descendants
 from paraval.outcome import JobError
 
@@ -27,7 +28,7 @@ _REAP_S: Final = 0.3
 _LOOK: Final = os.WEXITED | os.WNOHANG | os.WNOWAIT if hasattr(os, "waitid") else None
 # The working directory, which -c puts first, must not hide the standard library from a worker; ours comes last.
 _BOOTSTRAP: Final = (
-    "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from paraval.worker.main import main; main({}, {})"
+    "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from paraval.worker.main import main; main({}, {}, {})"
 )
 
 
@@ -39,6 +40,7 @@ class WorkerProcess(Channel):
         base: the bytes that it held before its first job, where memory is limited.
         held: the bytes that it held before the jobs that it runs.
         makes_calls: whether a job of it has called its storage, and others may.
+        tray: where it finds its next jobs.
 
     Args:
         setup: the first frame, sent with the first jobs.
@@ -49,6 +51,9 @@ class WorkerProcess(Channel):
     base = 0
     held = 0
     makes_calls = False
+    # Messages with jobs that it was sent or will find; and of these, the last one that it was sent.
+    _posted = 0
+    _last_sent = 0
     _strays: Mapping[int, int] = {}
     """Descendants that have left its process group: their starts, by their numbers."""
 
@@ -62,6 +67,8 @@ class WorkerProcess(Channel):
             for_failure.callback(ours.close)
             theirs.callback(socket_of_worker.close)
             ours.setblocking(False)
+            self.tray = tray = Tray()
+            for_failure.callback(tray.close)
             self._lifeline = lifeline = _Lifeline()
             for_failure.callback(lifeline.close)
             theirs.callback(lifeline.close_watched)
@@ -75,12 +82,12 @@ class WorkerProcess(Channel):
                     sys.executable,
                     *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined] # as multiprocessing does
                     "-c",
-                    _BOOTSTRAP.format(home, socket_of_worker.fileno(), lifeline.watched),
+                    _BOOTSTRAP.format(home, socket_of_worker.fileno(), tray.fileno(), lifeline.watched),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=pipe,
                 stderr=pipe,
-                pass_fds=(socket_of_worker.fileno(), lifeline.watched),
+                pass_fds=(socket_of_worker.fileno(), tray.fileno(), lifeline.watched),
                 process_group=0,
             )
             for_failure.pop_all()
@@ -118,6 +125,37 @@ class WorkerProcess(Channel):
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def next_number(self) -> int:
+        """Of the next message with jobs."""
+        return self._posted + 1
+
+    async def send_jobs(self, frame: bytes) -> None:
+        """Send jobs to a worker that has none; as :meth:`send`."""
+        self._posted += 1
+        self._last_sent = self._posted
+        await self.send(frame)
+
+    def put_ahead(self, frame: bytes) -> bool:
+        """Lay down jobs for when it is through with those that it has; False if there is no room."""
+        if not self.tray.put(frame):
+            return False
+        self._posted += 1
+        return True
+
+    def take_back(self) -> int:
+        """Take back what was laid down and it has not taken; give the number of messages, which are the last ones."""
+        count = self.tray.take_back()
+        self._posted -= count
+        return count
+
+    def overlooks(self, seen: int) -> bool:
+        """Whether it has overlooked jobs, which came when it had looked, where it waits having seen so many messages.
+
+        Unless it was sent others since: it has not seen those when it says so.
+        """
+        return self._last_sent <= seen < self._posted
+
     def look_at_memory(self) -> int:
         """Give the bytes that an idle worker holds. Its next jobs are not to blame for what others have left there."""
         self.held = MemoryMeter(self.pid).sample()
@@ -134,6 +172,10 @@ class WorkerProcess(Channel):
         self._drain()
         stdout, stderr = (tail.take() for tail in self._tails)
         return stdout, stderr
+
+    def _close(self) -> None:
+        super()._close()
+        self.tray.close()
 
     def _drain(self) -> None:
         for tail in self._tails:

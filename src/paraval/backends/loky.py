@@ -20,6 +20,7 @@ from paraval.backends.base import RunSpec
 from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
 from paraval.backends.futures import close_before_pools_wait
 from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
+from paraval.backends.tray import Tray
 from paraval.errors import MissingExtraError
 from paraval.loops import call_in_thread
 from paraval.outcome import JobError
@@ -53,6 +54,8 @@ class LokyWorker(WorkerProcess):
             for_failure.callback(ours.close)
             for_failure.callback(theirs.close)
             ours.setblocking(False)
+            self.tray = tray = Tray()
+            for_failure.callback(tray.close)
             self._lifeline = lifeline = _Lifeline()
             for_failure.callback(lifeline.close)
             self._hand_over = [Connection(lifeline.watched, writable=False)]
@@ -70,6 +73,7 @@ class LokyWorker(WorkerProcess):
                     for_failure.callback(tail.close)
                     self._tails.append(tail)
                     self._selector.register(tail.fileno(), selectors.EVENT_READ)
+            self._hand_over.insert(0, Connection(os.dup(tray.fileno())))
             self._hand_over.insert(0, Connection(theirs.detach()))
             for_failure.pop_all()
         self._socket = ours

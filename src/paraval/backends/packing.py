@@ -55,6 +55,20 @@ class Packer:
     def __init__(self) -> None:
         self._pickler = PiecewisePickler()
 
+    def pack_soon(self, jobs: Sequence[Job], most: int) -> list[tuple[str, Any]] | None:
+        """Give jobs as they are sent, if all can be, and if they take no more than about so many bytes."""
+        items: list[tuple[str, Any]] = []
+        for job in jobs:
+            args: Any = job.args
+            if not is_plain(args):
+                try:
+                    args = Sealed(self._pickler.dumps(args, _NAME, most))
+                except (TooLargeError, PicklingFailed):
+                    return None
+                most -= len(args.data)
+            items.append((job.id, args))
+        return items
+
     async def pack(self, jobs: Sequence[Job]) -> Parcel:
         """Give jobs as they are sent."""
         items = [(job.id, job.args) for job in jobs if is_plain(job.args)]

@@ -254,7 +254,7 @@ class Engine:
     def _stop_everything(self, reason: JobError) -> None:
         settling = self._settling
         for worker in self._workers:
-            worker.progress()
+            worker.hold_up()
             # What a worker has not begun ends here: given back to the queue, it would begin after all.
             waiting = [] if worker.batch is None else worker.batch.reclaim()
             self._ledger.started(-len(waiting))
@@ -273,18 +273,19 @@ class Engine:
     def _cancel(self, job: Job, reason: JobError, patience: int = 200) -> None:
         if job.id not in self._settling.open:
             return
-        worker = self._settling.holders.get(job.id)
+        worker, is_sure = self._settling.holders.get(job.id), True
         if worker is not None:
-            worker.progress()
+            is_sure = worker.hold_up()
             if job.id not in self._settling.open:
                 return
+            worker = self._settling.holders.get(job.id)  # none, if it was sent ahead
         batch = None if worker is None else worker.batch
         if worker is None or batch is None:
             self._settling.settle_all([job.id], reason)
         elif batch.withdraw(job):
             self._ledger.started(-1)
             self._settling.settle_all([job.id], reason)
-        elif batch.current is job:
+        elif batch.current is job and is_sure:
             self._watch.interrupt(worker, job, reason)
         elif patience or job not in batch.in_hand:
             # It is being taken or was finished this very moment; or it was sent ahead, and the worker will soon say

@@ -99,11 +99,12 @@ class Ledger:
         settled: jobs that ended, private ones too.
         in_flight: public jobs submitted and not yet in the mailbox.
         pending: jobs submitted and not started, roughly; only where back-pressure needs it (``counts_pending``).
+        counts_pending: whether it does.
         failure: why no more outcomes will come, or None.
     """
 
     def __init__(self, *, counts_pending: bool = True) -> None:
-        self._counts_pending = counts_pending
+        self.counts_pending = counts_pending
         self._lock = threading.Lock()
         self._mailbox: deque[Job] = deque()
         self._waiters: list[_Waiter] = []
@@ -144,7 +145,7 @@ class Ledger:
 
     def started(self, count: int) -> None:
         """Note that jobs left the queue for a worker (negative: that they came back)."""
-        if not self._counts_pending:
+        if not self.counts_pending:
             return
         with self._lock:
             self.pending -= count

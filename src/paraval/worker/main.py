@@ -4,15 +4,21 @@ The frames are a length (8 bytes) and a pickled tuple, whose first item says wha
 
 ======== ================================= ==========================================================================
 parent   ``("setup", Setup)``              once, first
-         ``("jobs", [(id, args), …],       to run, in this order; whether to report each as it ends, and after how many
-         each, seconds)``                  seconds those that have not begun are to be sent back
+         ``("jobs", n, [(id, args), …],    the n-th message with jobs, to run in this order; after how many seconds what
+         seconds, more)``                  was not begun is to be sent back; whether more may lie on the tray then
+         ``("look",)``                     there is
          ``("reply", error, value)``       to a call; both sealed
 child    ``("ready", bytes)``               the setup is done; the memory held then, where it is limited
          ``("done", [(id, started, finished, error, value), …])``
          ``("back", [id, …], id, started)`` never started, send them elsewhere; and the one that keeps the worker busy
+         ``("idle", n)``                   it waits, having seen n messages with jobs; there may be more on the tray
          ``("call", method, args)``        of the storage; sealed arguments
          ``("broken", error)``             the setup failed; no job will ever run here
 ======== ================================= ==========================================================================
+
+Messages with jobs may lie on the tray, too (:class:`~paraval.backends.tray.Tray`), without a length. The worker looks
+there when it has run what it had, and reported that: so where one is gone from the tray, all before it has been said.
+(But it may meet there what was laid down after others were sent, before it has looked for those: hence the numbers.)
 
 An ``args`` or ``value`` is a :class:`Sealed` pickle unless it is plain, so that one that cannot be unpickled costs its
 own job only.
@@ -46,6 +52,8 @@ _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
 _LONGEST_S: Final = 0.1
 """How long the guard sleeps at most while there is a batch: clocks may be changed."""
+_MESSAGE: Final = 1 << 16
+"""Bytes of the largest message on the tray."""
 _IONBF: Final = 2
 """C's name for a stream without a buffer."""
 
@@ -84,12 +92,12 @@ class Sealed(NamedTuple):
     data: bytes
 
 
-def main(socket_fd: int, lifeline_fd: int) -> None:
+def main(socket_fd: int, tray_fd: int, lifeline_fd: int) -> None:
     """Work until the socket ends."""
     _die_with_the_parent(lifeline_fd)
-    os.set_inheritable(socket_fd, False)
-    os.set_inheritable(lifeline_fd, False)
-    worker = Worker(socket_fd)
+    for fd in (socket_fd, tray_fd, lifeline_fd):
+        os.set_inheritable(fd, False)
+    worker = Worker(socket_fd, tray_fd)
     # Ctrl-C is the driver's business. (A handler, not SIG_IGN, which programs that a job starts would inherit.)
     signal.signal(signal.SIGINT, _take_no_notice)
     worker.handle_sigterm()
@@ -143,9 +151,13 @@ def _die_with_the_parent(lifeline: int) -> None:
 class Worker:
     """Runs jobs. Its main thread runs them; its guard thread reports for it when a job takes long."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, tray: int) -> None:
         self._reader = open(fd, "rb", buffering=1 << 16, closefd=False)  # noqa: SIM115 - open for the whole life
         self._fd = fd
+        self._tray = tray
+        self._seen = 0
+        self._expects_more = False
+        self._kept: Any = None
         self._pid = os.getpid()
         self._sending = _thread.allocate_lock()
         self._calling = _thread.allocate_lock()
@@ -178,8 +190,9 @@ class Worker:
                 pass
             return
         self._send(("ready", self._own_memory()))
-        while (frame := self._receive()) is not None:
-            self._run_batch(*frame[1:])
+        while (frame := self._next()) is not None:
+            _, self._seen, jobs, hold_s, self._expects_more = frame
+            self._run_batch(jobs, hold_s)
 
     def _own_memory(self) -> int:
         if self._context.memory_limit == math.inf:
@@ -226,7 +239,33 @@ class Worker:
         if initializer is not None:
             initializer()
 
-    def _run_batch(self, jobs: list[tuple[str, Any]], each: bool, hold_s: float) -> None:
+    def _next(self) -> Any:
+        """Give the next jobs: from the tray, or else those that come; None when there are no more."""
+        looks = self._expects_more and not self._is_asked_to_stop  # else it shall not go on by itself
+        while True:
+            if looks and self._kept is None:
+                self._kept = self._from_tray()
+            if self._kept is not None and self._kept[1] == self._seen + 1:
+                frame, self._kept = self._kept, None
+                return frame
+            if self._expects_more and self._kept is None:
+                try:
+                    self._send(("idle", self._seen))
+                except ConnectionError:  # the parent has closed its end, as it wants nothing more
+                    return None
+            frame = self._receive()
+            if frame is None or frame[0] == "jobs":
+                return frame
+            looks = True
+
+    def _from_tray(self) -> Any:
+        try:
+            message = os.read(self._tray, _MESSAGE)
+        except OSError:  # there is nothing
+            return None
+        return pickle.loads(message) if message else None  # noqa: S301 - from our own parent
+
+    def _run_batch(self, jobs: list[tuple[str, Any]], hold_s: float) -> None:
         with self._state:
             self._todo.extend(jobs)
             self._batches += 1
@@ -245,7 +284,7 @@ class Worker:
             with self._state:
                 self._current = None
                 self._unsent.append((job_id, started, finished, error, value))
-                late = each or finished - self._unsent[0][2] > _HOLD_S
+                late = finished - self._unsent[0][2] > _HOLD_S
             if late:
                 self._report()
             if self._is_asked_to_stop:  # what it has not begun it shall not

@@ -333,15 +333,15 @@ def hold(*connections: Connection) -> None:
 def serve() -> None:
     """Be a worker like those of the process evaluator, until the channel ends: one call that serves many jobs.
 
-    :func:`hold` was given the channel, the lifeline, and maybe what stdout and stderr shall be.
+    :func:`hold` was given the channel, the tray, the lifeline, and maybe what stdout and stderr shall be.
     """
-    channel, lifeline, *outputs = _held
+    channel, tray, lifeline, *outputs = _held
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # so that all it starts can be signalled with it, and nobody else
     for number, output in enumerate(outputs, 1):
         os.dup2(output.fileno(), number)
         output.close()
     try:
-        main(channel.fileno(), lifeline.fileno())
+        main(channel.fileno(), tray.fileno(), lifeline.fileno())
     finally:
         channel.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,8 @@ __all__ = ["Dispatch", "unfinished"]
 _READY: Final = JobStatus.READY
 _LIMIT_S: Final = 1.0
 """Where jobs may run for no longer than this, it shall be known soon which one does."""
+_LAP: Final = 4
+_LAP_S: Final = 0.050
 
 
 class Dispatch:
@@ -49,9 +52,14 @@ class Dispatch:
             settings.num_workers,
             settings.backend.batch_limit,
             is_far=settings.backend.is_far and (settings.job_timeout or math.inf) > _LIMIT_S,
+            may_be_long=not settings.ledger.counts_pending,  # one that is sent ahead is not pending
         )
         self._attempts = Attempts(settings.max_attempts)
         self.queue = JobQueue(loop)
+        if self._sizer.is_far:
+            self.queue.on_lack = self._share
+        # Those that may have jobs ahead, and since when they have not begun any of them; in the order of these times.
+        self._stocked: dict[Worker, float] = {}
         self.settling = Settling(
             recorder, self._attempts, self._try_again, self._clock, loop, job_timeout=settings.job_timeout
         )
@@ -72,33 +80,87 @@ class Dispatch:
         Returns:
             None when none of them is to run: they were cancelled while they waited, or the storage has failed.
         """
-        jobs, sizer = self._fill(first), self._sizer
-        in_order = sizer.in_order and len(jobs) > 1
-        if not jobs or not self._note_start(worker, jobs, may_be_tiny=not in_order):
+        self._take_from_the_slow()
+        sizer = self._sizer
+        alone = self._settings.execute is not None or first._is_adopted or self._attempts.is_suspect(first)
+        in_order = sizer.in_order and not alone
+        size = 1 if alone or in_order else sizer.next_size(len(self.queue) + 1)
+        jobs = _ready([first] if size == 1 else [first, *self._pull_like(size - 1)])
+        if not jobs or not self._note_start(worker, jobs):
             return None
-        return Batch(jobs, self._clock, worker.progress, in_order=in_order, hold_s=sizer.hold_s, pace_s=sizer.pace_s)
+        batch = Batch(
+            jobs,
+            self._clock,
+            worker.progress,
+            in_order=in_order,
+            hold_s=sizer.hold_s,
+            pace_s=sizer.pace_s,
+            more=functools.partial(self._stock_up, worker) if sizer.sends_ahead and not alone and self.queue else None,
+        )
+        batch.noted = jobs[0] if len(jobs) == 1 else None
+        return batch
 
-    def _fill(self, first: Job) -> list[Job]:
-        size = self._sizer.next_size(len(self.queue) + 1) if self._settings.execute is None else 1
-        jobs = [first] if size == 1 or self._attempts.is_suspect(first) else [first, *self.queue.pull_many(size - 1)]
+    def _pull_like(self, most: int) -> list[Job]:
+        """Pull jobs that need not be run alone."""
+        jobs = self.queue.pull_many(most)
         if self._attempts or self._settings.resumes:
             is_suspect = self._attempts.is_suspect
-            alone = next((it for it, job in enumerate(jobs) if it and (job._is_adopted or is_suspect(job))), None)
+            alone = next((it for it, job in enumerate(jobs) if job._is_adopted or is_suspect(job)), None)
             if alone is not None:
                 self.queue.put_back(jobs[alone:])
                 del jobs[alone:]
-        return [job for job in jobs if job._status is _READY]  # the others were cancelled while they waited
+        return jobs
 
-    def _note_start(self, worker: Worker, jobs: list[Job], *, may_be_tiny: bool) -> bool:
+    def _stock_up(self, worker: Worker, batch: Batch, most: int) -> Sequence[Job]:
+        """Give a worker more jobs while it is at others, at most so many."""
+        self._learn(batch)
+        self._stocked.pop(worker, None)
+        self._take_from_the_slow()
+        jobs = self._more_for(worker, batch, most)
+        if jobs or batch.stock > 1:
+            self._stocked[worker] = self._clock()
+        return jobs
+
+    def _more_for(self, worker: Worker, batch: Batch, most: int) -> Sequence[Job]:
+        sizer = self._sizer
+        if not self.queue or not sizer.sends_ahead or sizer.in_order != batch.in_order or worker.scope.cancel_called:
+            return ()
+        count = min(most, sizer.next_stock(batch.stock, len(self.queue)))
+        jobs = _ready(self._pull_like(count)) if count > 0 else []
+        if not jobs:
+            return ()
+        batch.pace_s = sizer.pace_s
+        self._hand_to(worker, jobs)
+        return jobs
+
+    def _take_from_the_slow(self) -> None:
+        """Have workers give back what they have ahead and do not begin, as they are at a job that takes long."""
+        while self._stocked:
+            worker, since = next(iter(self._stocked.items()))
+            if self._clock() - since < self._sizer.patience_s:
+                return
+            del self._stocked[worker]
+            worker.hold_up()
+
+    def _share(self) -> None:
+        """For a worker that finds no job: have others give back what they have ahead."""
+        while self._stocked and not self.queue:
+            worker, _ = self._stocked.popitem()
+            worker.hold_up()
+
+    def _hand_to(self, worker: Worker, jobs: Sequence[Job]) -> None:
         self._ledger.started(len(jobs))
         holders = self.settling.holders
         for job in jobs:
             holders[job.id] = worker
+
+    def _note_start(self, worker: Worker, jobs: list[Job]) -> bool:
+        self._hand_to(worker, jobs)
         # The tiny jobs of a batch are spared the write, unless one turns out not to be tiny.
-        if (len(jobs) > 1 and may_be_tiny) or self._recorder.note_running(jobs[0]):
+        if len(jobs) > 1 or self._recorder.note_running(jobs[0]):
             return True
         for job in jobs:  # they do not run: they wait for the end, which settles them
-            holders.pop(job.id, None)
+            self.settling.holders.pop(job.id, None)
         self._ledger.started(-len(jobs))
         return False
 
@@ -108,8 +170,10 @@ class Dispatch:
         """Take what a batch that runs has to hand in: jobs that ended, jobs for other workers."""
         self.settling.settle(batch.collect())
         self._give_back(batch.reclaim())
-        if batch.current is not None and len(batch) > 1:
-            self._recorder.note_running(batch.current)  # it was thought to be tiny
+        current = batch.current
+        if current is not None and current is not batch.noted:  # it was sent ahead, or was thought to be tiny
+            batch.noted = current
+            self._recorder.note_running(current)
 
     def put_away(self, batch: Batch) -> None:
         """Take back what a batch that is through has left, and learn from it. Its outcomes are still to collect."""
@@ -120,9 +184,16 @@ class Dispatch:
         now = self._clock()
         if batch.has_waited:
             self.last_turn = now
-        if not batch.was_cut:
-            end = batch.last_end if self._sizer.is_far else now  # far away it may be through before that is seen
-            self._sizer.learn(len(batch), end - batch.created, batch.shortest_s)
+        if self._sizer.is_far:
+            self._learn(batch)
+        elif not batch.was_cut:
+            self._sizer.learn(len(batch), now - batch.created)
+
+    def _learn(self, batch: Batch) -> None:
+        """Learn from the jobs that a worker far away has ended lately, by its clock; from one alone if it is long."""
+        lap = batch.lap(_LAP, _LAP_S) if batch.in_order else batch.lap()
+        if lap is not None:
+            self._sizer.learn(*lap)
 
     def take_back(self, batch: Batch) -> None:
         """Take back, from a batch that goes on or will, the jobs that its worker has not begun."""
@@ -193,6 +264,10 @@ class Dispatch:
     def _requeue(self, job: Job) -> None:
         if job.id in self.settling.open and job.id not in self.settling.holders:
             self.queue.put_back([job])
+
+
+def _ready(jobs: list[Job]) -> list[Job]:
+    return [job for job in jobs if job._status is _READY]  # the others were cancelled while they waited
 
 
 def unfinished() -> WorkerDiedError:

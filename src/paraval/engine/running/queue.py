@@ -21,6 +21,7 @@ class JobQueue:
     Attributes:
         idle: how many workers wait for a job; those that were woken and have not pulled it yet are among them.
         on_surplus: called when jobs came that no idle worker will take.
+        on_lack: called when a worker finds no job; it may put some.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -30,6 +31,7 @@ class JobQueue:
         self._waiting: dict[Callable[[], object], int] = {}
         self.idle = 0
         self.on_surplus: Callable[[], object] | None = None
+        self.on_lack: Callable[[], object] | None = None
 
     def __len__(self) -> int:
         """Count the jobs that wait; cancelled ones that nobody pulled yet included."""
@@ -50,6 +52,10 @@ class JobQueue:
         self.idle += 1
         try:
             while not self._jobs:
+                if self.on_lack is not None:
+                    self.on_lack()
+                    if self._jobs:
+                        break
                 turn = self._loop.event()
                 self._waiting[turn.set] = 0
                 try:

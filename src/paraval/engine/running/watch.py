@@ -81,8 +81,10 @@ class Watch:
             worker.scope.cancel()
             return None
         if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
-            self.interrupt(worker, job, out_of_time(limit))
-            return None
+            if worker.hold_up() and job.id in self._settling.open and batch.current is job:
+                self.interrupt(worker, job, out_of_time(limit))
+                return None
+            return now + 0.001  # it has just ended
         due = self._next_check(batch)
         return None if due is None else max(due, now + 0.001)
 

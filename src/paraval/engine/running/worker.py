@@ -111,6 +111,15 @@ class Worker:
             self._slot.catch_up(self.batch)
             self._dispatch.progress(self.batch)
 
+    def hold_up(self) -> bool:
+        """Take back what its worker has ahead, and in what it has said; False where it will say more in a moment."""
+        batch = self.batch
+        if batch is None:
+            return True
+        is_sure = self._slot.take_back(batch)
+        self.progress()
+        return is_sure
+
     async def execute_on_slot(self, job: Job) -> Job:
         """Run a job that it has taken on its slot; for an overridden ``Evaluator.execute``."""
         if self.batch is None:

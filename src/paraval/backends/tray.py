@@ -1,0 +1,61 @@
+"""A tray in front of a worker process: its next jobs lie there, and can be taken back until it takes them itself."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Final
+
+__all__ = ["Tray"]
+
+_MOST: Final = 1 << 16
+"""The largest message, as the worker reads them."""
+
+
+class Tray:
+    """A pair of sockets for messages. Both processes hold the end where these come out.
+
+    Whoever reads a message has it alone; the system sees to that, whatever the other process is doing. So a worker that
+    is through with a job finds the next one without a trip to the driver and back; and the driver can give that job to
+    another worker, or cancel it, while a job runs that lets nothing else of its process run.
+    """
+
+    def __init__(self) -> None:
+        self._inlet, self._outlet = _pair()
+        self._inlet.setblocking(False)
+        self._outlet.setblocking(False)  # for the worker too, as it has the same open file
+
+    def fileno(self) -> int:
+        """Give the end that the worker reads from."""
+        return self._outlet.fileno()
+
+    def put(self, message: bytes) -> bool:
+        """Lay a message down; False if it is too large, or the tray is full."""
+        if len(message) > _MOST:
+            return False
+        try:
+            self._inlet.send(message)
+        except OSError:
+            return False
+        return True
+
+    def take_back(self) -> int:
+        """Take the messages that the worker has not taken, which are the last ones; say how many these were."""
+        count = 0
+        with contextlib.suppress(OSError):  # there is no more; or it is closed
+            while self._outlet.recv(1):  # the rest of a message goes with its first byte
+                count += 1
+        return count
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._inlet.close()
+        self._outlet.close()
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    # Of those that keep messages apart, the ones with a connection hold as many as their buffer has room for; others
+    # hold ten. Not every system has the former.
+    with contextlib.suppress(OSError, AttributeError):
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)

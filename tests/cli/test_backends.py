@@ -73,7 +73,17 @@ def test_help_and_version(command_line: CommandLine) -> None:
     assert command_line.run().stdout == done.stdout
     help_of_run = command_line.run("run", "--help")
     assert help_of_run.returncode == 0
-    for word in ["TARGET", "--configs", "--method", "--num-workers", "--timeout", "--job-timeout", "--output", "--set"]:
+    for word in [
+        "TARGET",
+        "--configs",
+        "--method",
+        "--num-workers",
+        "--timeout",
+        "--job-timeout",
+        "--output",
+        "--set",
+        "-e",
+    ]:
         assert word in help_of_run.stdout
     assert "Exit codes: 0" in help_of_run.stdout
     assert re.fullmatch(r"paraval (\d+\.\d+.*|\(not installed, .*\))\n", command_line.run("--version").stdout)

@@ -20,7 +20,7 @@ pytest.importorskip("rich", reason="the command line needs the extra 'cli'")
 from commandline import CommandLine, wait_until
 
 FUNCTIONS = """
-import asyncio, pathlib, select, threading, time
+import asyncio, os, pathlib, select, threading, time
 
 def parabola(job, shift=0.0, label=""):
     x = job["x"]
@@ -79,6 +79,14 @@ def late(job):
         return {"objective": 1.0, "metadata": {"late": "note"}}
     return 0.0
 
+def dies_once(job):
+    print(f"attempt at {job['x']}", flush=True)
+    mark = pathlib.Path(f"mark-{job['x']}")
+    if not mark.exists():
+        mark.touch()
+        os._exit(3)
+    return float(job["x"])
+
 def asked(job):
     while not job.stopped():
         if job["x"] < 2:
@@ -94,6 +102,19 @@ def command_line(tmp_path: Path) -> Iterator[CommandLine]:
         command_line.write("functions.py", FUNCTIONS)
         command_line.write("twenty.jsonl", "".join(f'{{"x": {x}, "kernel": "rbf"}}\n' for x in range(20)))
         yield command_line
+
+
+def test_the_evaluator_takes_arguments_of_its_own(command_line: CommandLine) -> None:
+    done = command_line.run(
+        *("run", "functions.py:dies_once", "--configs", "-", "--method", "process", "--num-workers", "1"),
+        *("--evaluator", "max_attempts=2", "-e", "capture_output=true", "--strict"),
+        stdin="x\n1\n2\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted((row["objective"], row["m:stdout"]) for row in command_line.rows()) == [
+        ("1.0", "attempt at 1\n"),
+        ("2.0", "attempt at 2\n"),
+    ]
 
 
 def test_a_sweep_leaves_a_csv_and_a_summary(command_line: CommandLine) -> None:

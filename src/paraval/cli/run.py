@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 import click
 
@@ -27,6 +27,18 @@ if TYPE_CHECKING:
     from paraval.storage import Storage
 
 __all__ = ["run"]
+
+
+_OPTIONS: Final = {
+    "num_workers": "--num-workers",
+    "job_timeout": "--job-timeout",
+    "run_function_kwargs": "--set",
+    "storage": "--storage",
+    "search_id": "--search",
+    "resume": "--resume",
+}
+"""Arguments of evaluators, and the options that give them."""
+_FOR_PROGRAMS: Final = frozenset({"run_function", "job_class", "callbacks"})
 
 
 def _seconds(_context: click.Context, _option: click.Parameter, text: str | None) -> float | None:
@@ -86,6 +98,15 @@ def _settings(_context: click.Context, _option: click.Parameter, texts: tuple[st
     multiple=True,
     help="Argument of every call. JSON or a string; repeatable.",
 )
+@click.option(
+    "-e",
+    "--evaluator",
+    "arguments",
+    callback=_settings,
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Argument of the evaluator, such as max_attempts=3. JSON or a string; repeatable.",
+)
 @click.option("--storage", metavar="URL", help="Where jobs are recorded as well, such as sqlite:///campaign.db.")
 @click.option("--search", metavar="ID", help="The search in the storage to submit to. [default: a new one]")
 @click.option("--resume", is_flag=True, help="Go on with a search: what has a result there is not run again.")
@@ -137,6 +158,7 @@ class _Options(NamedTuple):
     job_timeout: float | None
     output: str
     settings: dict[str, Any]
+    arguments: dict[str, Any]
     storage: str | None
     search: str | None
     resume: bool
@@ -210,6 +232,7 @@ def _prepare(options: _Options, *, results_on_stdout: bool) -> _Prepared:
     if not results_on_stdout and (source := file_of(run_function)) is not None:
         _refuse_to_replace(options.output, "TARGET", source)
     check_call(options.target, run_function, options.settings)
+    _refuse_what_is_not_for_here(options.arguments)
     kwargs, storage = _storage(options, results_on_stdout=results_on_stdout)
     method = options.method or registry.default_method(run_function)
     evaluator = _evaluator(
@@ -220,6 +243,7 @@ def _prepare(options: _Options, *, results_on_stdout: bool) -> _Prepared:
         job_timeout=options.job_timeout,
         storage_url=options.storage,
         **kwargs,
+        **options.arguments,
     )
     if storage is not None:
         storage = f"{storage}, search {evaluator.search_id}"
@@ -286,6 +310,14 @@ def _refuse_what_needs_a_program(method: Any) -> None:
             f"the method '{method.name}' cannot be used from the command line: it needs the argument "
             f"'{method.argument}', which only a program can give it; see 'paraval backends' for the others"
         )
+
+
+def _refuse_what_is_not_for_here(arguments: dict[str, Any]) -> None:
+    for name in arguments:
+        if name in _OPTIONS:
+            raise click.UsageError(f"--evaluator {name}=…: there is an option for it, {_OPTIONS[name]}")
+        if name in _FOR_PROGRAMS:
+            raise click.UsageError(f"--evaluator {name}=…: a sweep has its own; only a program can choose")
 
 
 def _refuse_to_replace(output: str, what: str, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -121,6 +122,30 @@ def test_a_tray_takes_no_more_than_it_has_room_for() -> None:
     tray.close()
 
 
+def test_where_few_files_may_be_open_there_are_no_trays() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        assert Tray.can_be_had_by(128)
+        assert not Tray.can_be_had_by(129)
+        with make(double, num_workers=129) as evaluator:
+            evaluator.submit(configurations(4))
+            assert outputs(evaluator.gather("ALL")) == [0, 2, 4, 6]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@both_methods
+@pytest.mark.parametrize(
+    "option", [{"capture_output": True}, {"memory_limit": 2e9}], ids=lambda option: next(iter(option))
+)
+def test_what_a_job_prints_or_holds_is_its_own(method: str, option: dict[str, Any], flags: Flags, trays: Trays) -> None:
+    with make(long_jobs(flags), method, **option) as evaluator:
+        evaluator.submit(configurations(5))
+        assert outputs(evaluator.gather("ALL")) == list(range(5))
+    assert trays.laid == 0
+
+
 @pytest.mark.anyio
 @two_loops
 async def test_a_worker_that_has_overlooked_something_is_told() -> None:
@@ -160,6 +185,7 @@ async def test_a_worker_that_has_overlooked_something_is_told() -> None:
     assert not process.overlooks(2)  # what it said before it saw these
     assert await receive("idle") == 3
     # It looks at its tray before it has read what was sent to it before that was laid there.
+    assert process.tray is not None
     assert process.tray.put(jobs(6, 5))
     await process.send(pickle.dumps(("look",)))
     await process.send_jobs(jobs(5, 4))

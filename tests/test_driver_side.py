@@ -133,7 +133,7 @@ def test_a_worker_that_cannot_be_made_leaves_nothing_open(method: str) -> None:
     before = open_files()
     for spare in range(11):
         with no_more_files(spare), pytest.raises(OSError, match="Too many open files"):
-            worker_class(b"", 100)
+            worker_class(b"", 100, has_tray=True)
         assert open_files() == before
 
 

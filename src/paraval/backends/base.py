@@ -7,16 +7,15 @@ awaitable, :meth:`Slot.run`. Everything else, that is queueing, deadlines, settl
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Final, Literal
 
 import anyio
 
+from paraval.backends.batch import Batch, Ended
 from paraval.functions import has_own_process
-from paraval.job import Job, JobStatus
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.storage import Storage
 from paraval.worker.main import is_one_of
@@ -35,10 +34,6 @@ __all__ = [
 
 Cancellation = Literal["cancel", "kill", "cooperative"]
 """What a backend can do to a running job: cancel its coroutine, kill it, or only ask it to stop."""
-
-
-Ended = tuple[Job, Outcome, float]
-"""A job, what became of it, and when, in seconds on the evaluator's clock."""
 
 
 class RunSpec:
@@ -100,9 +95,6 @@ class RunSpec:
         return self.kill_grace + (_KILL_S if has_own_process(self.function) else 0.0)
 
 
-# Enum's own look-up of a member costs more than anything else that is done with it here.
-_RUNNING: Final = JobStatus.RUNNING
-_CANCELLED: Final = JobStatus.CANCELLED
 _KILL_S: Final = 0.3
 """Within what an engine allows for anything to be seen ended."""
 
@@ -119,299 +111,6 @@ class WorkerDiedError(Exception):
         super().__init__(error.message)
         self.error = error
         self.alone = alone
-
-
-class Batch:
-    """Jobs that one worker runs one after the other.
-
-    The slot takes jobs and finishes them, maybe in another thread; the engine, on its loop, collects what is finished
-    and may reclaim what was not taken. Each of these is a single operation on a list, so no lock is needed.
-
-    A slot whose worker is in this process takes one job at a time. One that sends jobs elsewhere takes them all, and
-    gives back those that its worker will not get to soon.
-
-    Args:
-        jobs: in their order; the list is the batch's own from now on.
-        clock: seconds since the evaluator was created.
-        report: called by slots that take all, on the engine's loop, when something is to be collected.
-        in_order: whether jobs are to be sent one by one, so that it is always known which one runs. (Only for slots of
-            a backend that :attr:`~Backend.is_far`; likewise all that follow.)
-        hold_s: for how many seconds a worker elsewhere may keep those that it has not started.
-        pace_s: how many seconds each takes at least, going by those before; 0 if that is not known.
-        more: gives, for this batch, at most so many more jobs, in place of a next batch; None: there will be none.
-
-    Attributes:
-        current: the job that is known to run.
-        noted: the last one that was stored as running (the engine's own note).
-        last_end: when the last of its jobs was finished on the clock; at first, when it was made.
-        hurry: when its run is cancelled, kill at once: the job to stop is not known to be the one that runs.
-        waits_for_worker: its worker is being set up, so no job's time has begun; or what it sent is being taken in, so
-            it is not known yet which jobs have ended in time.
-        shortest_s: how many seconds the shortest of its jobs took, where a worker tells; infinity before one has ended.
-        has_waited: its slot has waited for it, so all other tasks have had their turns.
-        was_cut: some of its jobs went elsewhere, so its time says nothing about them.
-    """
-
-    __slots__ = (
-        "_clock",
-        "_finished",
-        "_lap",
-        "_more",
-        "_returned",
-        "_sent",
-        "_size",
-        "_todo",
-        "created",
-        "current",
-        "has_waited",
-        "hold_s",
-        "hurry",
-        "in_order",
-        "last_end",
-        "noted",
-        "pace_s",
-        "report",
-        "shortest_s",
-        "waits_for_worker",
-        "was_cut",
-    )
-
-    def __init__(
-        self,
-        jobs: list[Job],
-        clock: Callable[[], float],
-        report: Callable[[], object],
-        *,
-        in_order: bool = False,
-        hold_s: float = 0.0,
-        pace_s: float = 0.0,
-        more: Callable[[Batch, int], Sequence[Job]] | None = None,
-    ) -> None:
-        self.in_order = in_order
-        self.hold_s = hold_s
-        self.pace_s = pace_s
-        self._more = more
-        self._size = len(jobs)
-        jobs.reverse()
-        self._todo = jobs  # the next one is at the end
-        self._finished: list[Ended] = []
-        self._returned: list[Job] | None = None
-        self._sent: dict[str, Job] | None = None
-        self._clock = clock
-        self.report = report
-        self.created = self.last_end = clock()
-        self._lap = (0, self.created)
-        self.current: Job | None = None
-        self.noted: Job | None = None
-        self.hurry = False
-        self.waits_for_worker = False
-        self.shortest_s = math.inf
-        self.has_waited = False
-        self.was_cut = False
-
-    # -- the slot's side -----------------------------------------------------------------------------------------------
-
-    def take(self, now: float | None = None) -> Job | None:
-        """Start the next job; None when there is none left. ``now``: what the clock shows, if that is known."""
-        if not self._todo:  # a raised exception costs more than this look
-            return None
-        try:
-            job = self._todo.pop()
-        except IndexError:
-            return None
-        job._started = self._clock() if now is None else now
-        job._status = _RUNNING
-        self.current = job
-        return job
-
-    def finish(self, job: Job, outcome: Outcome) -> None:
-        """Hand in the outcome of a job that was taken."""
-        self.last_end = now = self._clock()
-        self._finished.append((job, outcome, now))
-        self.current = None
-
-    def take_all(self, most: int | None = None) -> dict[str, Job]:
-        """Start all jobs (at most ``most``), to be run in their order somewhere else.
-
-        Returns:
-            The jobs that are not finished, by their ids: it shrinks as they are.
-        """
-        jobs = self._todo[::-1][:most]
-        del self._todo[len(self._todo) - len(jobs) :]
-        if _CANCELLED in [job._status for job in jobs]:  # settled while the slot was not ready for them
-            jobs = [job for job in jobs if job._status is not _CANCELLED]
-        now = self._clock()
-        for job in jobs:
-            job._started = now
-            job._status = _RUNNING
-        self._sent = {job.id: job for job in jobs}
-        if len(jobs) == 1:
-            self.current = jobs[0]
-        return self._sent
-
-    @property
-    def may_have_more(self) -> bool:
-        """Whether it is worth while to :meth:`ask_for_more`."""
-        return self._more is not None
-
-    def ask_for_more(self, most: int) -> Sequence[Job]:
-        """Give at most so many more jobs for the worker to have ahead, each for :meth:`take_more` or :meth:`refuse`."""
-        return () if self._more is None else self._more(self, most)
-
-    def take_more(self, jobs: Sequence[Job]) -> None:
-        """Say that the worker will find these when it is through with the others of :meth:`take_all`."""
-        self._size += len(jobs)
-        if self._sent is not None:
-            self._sent.update([(job.id, job) for job in jobs])
-
-    def go_on(self, job_ids: Sequence[str]) -> None:
-        """Say that the worker is at these jobs of :meth:`take_more` now, being through with those before."""
-        jobs = [job for job_id in job_ids if (job := (self._sent or {}).get(job_id)) is not None]
-        self.created = self.last_end
-        for job in jobs:
-            if job._status is JobStatus.READY:
-                job._started, job._status = self.last_end, _RUNNING
-        self.current = jobs[0] if len(jobs) == 1 else None
-
-    def refuse(self, jobs: Sequence[Job]) -> None:
-        """Give back jobs that were not taken after all; there shall be no more of them."""
-        self._more = None
-        self._returned = [*(self._returned or ()), *jobs]
-        self.report()
-
-    def wait_for_worker(self) -> None:
-        """Say that the worker is being set up: no job's time has begun."""
-        self.waits_for_worker = True
-
-    def worker_is_ready(self) -> None:
-        """Say that the worker is set up: the time of its jobs begins now."""
-        self.waits_for_worker = False
-        self.created = self._clock()
-        if self.current is not None:
-            self.current._started = self.created
-
-    @contextlib.contextmanager
-    def taking_in(self) -> Iterator[None]:
-        """Say that what the worker sent takes a while to be taken in: no job's time is up before that."""
-        self.waits_for_worker = True
-        try:
-            yield
-        finally:
-            self.waits_for_worker = False
-
-    def finish_sent(self, job: Job, outcome: Outcome, started: float, finished: float) -> None:
-        """Hand in the outcome of a job of :meth:`take_all`, with the times that the worker took."""
-        if self._sent is None or self._sent.pop(job.id, None) is None:
-            return
-        job._started = started
-        self.last_end = finished
-        self.shortest_s = min(self.shortest_s, finished - started)
-        self._finished.append((job, outcome, finished))
-        if self.current is job:
-            self.current = None
-
-    def seconds_left(self) -> float:
-        """Say for how long the worker will have other jobs of :meth:`take_all` than the one that it is at, at least."""
-        return self.pace_s * (self.stock - 1)
-
-    @property
-    def stock(self) -> int:
-        """How many jobs of :meth:`take_all` and :meth:`take_more` are not finished."""
-        return len(self._sent or ())
-
-    def give_back(self, job_ids: list[str], current: str, started: float) -> None:
-        """Say which jobs of :meth:`take_all` the worker has not started, and which one keeps it busy since when."""
-        self.was_cut = True
-        self._return(job_ids)
-        self.current = (self._sent or {}).get(current)
-        if self.current is not None:
-            self.current._started = started
-
-    def leave_out(self, job_ids: list[str]) -> None:
-        """Say which jobs of :meth:`take_all` were never started, as the others had taken long enough.
-
-        Unlike :meth:`give_back`, what the batch took is then the time of those that it ran.
-        """
-        self._size -= self._return(job_ids)
-        if not self._size:
-            self.was_cut = True
-
-    def return_ahead(self, job_ids: Sequence[str]) -> None:
-        """Say which jobs of :meth:`take_more` were taken back from the worker, which has not begun them."""
-        self._size -= self._return(job_ids)
-
-    def _return(self, job_ids: Sequence[str]) -> int:
-        sent = self._sent or {}
-        jobs = [sent.pop(job_id) for job_id in job_ids if job_id in sent]
-        for job in jobs:
-            job._started, job._status = None, JobStatus.READY
-            if job is self.current:  # it was thought to have begun, as the one before it had ended
-                self.current = None
-        self._returned = [*(self._returned or ()), *jobs]
-        return len(jobs)
-
-    # -- the engine's side ---------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return self._size
-
-    @property
-    def waiting(self) -> int:
-        """How many jobs were not taken."""
-        return len(self._todo)
-
-    @property
-    def in_hand(self) -> list[Job]:
-        """The jobs that were taken and are not finished."""
-        if self._sent is not None:
-            return list(self._sent.values())
-        current = self.current
-        return [] if current is None else [current]
-
-    def lap(self, least: int = 1, least_s: float = 0.0) -> tuple[int, float, float] | None:
-        """Measure the jobs that have ended since the last lap, if they are so many, or have taken so many seconds.
-
-        Returns:
-            How many they are, how many seconds they took together, and the shortest of them; None when they are too
-            few, or say nothing.
-        """
-        before, begin = self._lap
-        ended = self._size - len(self._todo) - len(self._sent or ()) - before
-        seconds = self.last_end - begin
-        if not ended or (ended < least and seconds < least_s):
-            return None
-        self._lap = (before + ended, self.last_end)
-        shortest_s, self.shortest_s = self.shortest_s, math.inf
-        was_cut, self.was_cut = self.was_cut, False
-        return None if was_cut else (ended, seconds, shortest_s)
-
-    def collect(self) -> list[Ended]:
-        """Take the outcomes that were handed in since the last call."""
-        count = len(self._finished)  # the slot may append one more at this moment; that one stays
-        ended = self._finished[:count]
-        del self._finished[:count]
-        return ended
-
-    def reclaim(self) -> list[Job]:
-        """Take back the jobs that were not taken, or were given back, in their order."""
-        jobs: list[Job] = []
-        try:
-            while self._todo:  # from the far end, as the slot may take from the near end at the same moment
-                self.was_cut = True
-                jobs.append(self._todo.pop(0))
-        except IndexError:
-            pass
-        jobs.reverse()
-        returned, self._returned = self._returned, None
-        return jobs if returned is None else returned + jobs
-
-    def withdraw(self, job: Job) -> bool:
-        """Take back one job; False when it was taken already."""
-        try:
-            self._todo.remove(job)
-        except (ValueError, IndexError, RuntimeError):  # not there, or the slot took one meanwhile
-            return False
-        return True
 
 
 def failure_of(exc: BaseException, spec: RunSpec) -> Outcome:

@@ -40,11 +40,12 @@ class WorkerProcess(Channel):
         base: the bytes that it held before its first job, where memory is limited.
         held: the bytes that it held before the jobs that it runs.
         makes_calls: whether a job of it has called its storage, and others may.
-        tray: where it finds its next jobs.
+        tray: where it finds its next jobs; or None.
 
     Args:
         setup: the first frame, sent with the first jobs.
         capture: how many bytes of its stdout and stderr to keep, from the end; None: they go where ours go.
+        has_tray: whether it is to be sent jobs ahead.
     """
 
     memory: WatchedProcess | None = None
@@ -57,7 +58,7 @@ class WorkerProcess(Channel):
     _strays: Mapping[int, int] = {}
     """Descendants that have left its process group: their starts, by their numbers."""
 
-    def __init__(self, setup: bytes, capture: int | None = None) -> None:
+    def __init__(self, setup: bytes, capture: int | None = None, *, has_tray: bool = False) -> None:
         if not sys.executable:
             raise FileNotFoundError("sys.executable does not say which interpreter is to be started")
         home = str(Path(__file__).parents[2])
@@ -67,8 +68,9 @@ class WorkerProcess(Channel):
             for_failure.callback(ours.close)
             theirs.callback(socket_of_worker.close)
             ours.setblocking(False)
-            self.tray = tray = Tray()
-            for_failure.callback(tray.close)
+            self.tray = tray = Tray() if has_tray else None
+            if tray is not None:
+                for_failure.callback(tray.close)
             self._lifeline = lifeline = _Lifeline()
             for_failure.callback(lifeline.close)
             theirs.callback(lifeline.close_watched)
@@ -76,18 +78,19 @@ class WorkerProcess(Channel):
             self._selector = None if capture is None else selectors.DefaultSelector()
             if self._selector is not None:
                 for_failure.callback(self._selector.close)
+            theirs_to_keep = [socket_of_worker.fileno(), -1 if tray is None else tray.fileno(), lifeline.watched]
             # Last, as it is what cannot be undone.
             self._popen = _Popen(
                 [
                     sys.executable,
                     *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined] # as multiprocessing does
                     "-c",
-                    _BOOTSTRAP.format(home, socket_of_worker.fileno(), tray.fileno(), lifeline.watched),
+                    _BOOTSTRAP.format(home, *theirs_to_keep),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=pipe,
                 stderr=pipe,
-                pass_fds=(socket_of_worker.fileno(), tray.fileno(), lifeline.watched),
+                pass_fds=[fd for fd in theirs_to_keep if fd >= 0],
                 process_group=0,
             )
             for_failure.pop_all()
@@ -138,14 +141,14 @@ class WorkerProcess(Channel):
 
     def put_ahead(self, frame: bytes) -> bool:
         """Lay down jobs for when it is through with those that it has; False if there is no room."""
-        if not self.tray.put(frame):
+        if self.tray is None or not self.tray.put(frame):
             return False
         self._posted += 1
         return True
 
     def take_back(self) -> int:
         """Take back what was laid down and it has not taken; give the number of messages, which are the last ones."""
-        count = self.tray.take_back()
+        count = 0 if self.tray is None else self.tray.take_back()
         self._posted -= count
         return count
 
@@ -175,7 +178,8 @@ class WorkerProcess(Channel):
 
     def _close(self) -> None:
         super()._close()
-        self.tray.close()
+        if self.tray is not None:
+            self.tray.close()
 
     def _drain(self) -> None:
         for tail in self._tails:

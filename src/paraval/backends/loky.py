@@ -47,18 +47,19 @@ class LokyWorker(WorkerProcess):
 
     _popen: Any  # a _LokyProcess, which has what is used of a _Popen: pid, has_ended, was_taken, returncode, wait
 
-    def __init__(self, setup: bytes, capture: int | None) -> None:
+    def __init__(self, setup: bytes, capture: int | None, *, has_tray: bool = False) -> None:
         # Not the base's __init__, which would start a process of its own.
         with contextlib.ExitStack() as for_failure:
             ours, theirs = socket.socketpair()
             for_failure.callback(ours.close)
             for_failure.callback(theirs.close)
             ours.setblocking(False)
-            self.tray = tray = Tray()
-            for_failure.callback(tray.close)
+            self.tray = tray = Tray() if has_tray else None
+            if tray is not None:
+                for_failure.callback(tray.close)
             self._lifeline = lifeline = _Lifeline()
             for_failure.callback(lifeline.close)
-            self._hand_over = [Connection(lifeline.watched, writable=False)]
+            self._hand_over: list[Connection | None] = [Connection(lifeline.watched, writable=False)]
             for_failure.callback(self._close_what_is_handed_over)
             self._tails = []
             self._selector = None
@@ -73,7 +74,7 @@ class LokyWorker(WorkerProcess):
                     for_failure.callback(tail.close)
                     self._tails.append(tail)
                     self._selector.register(tail.fileno(), selectors.EVENT_READ)
-            self._hand_over.insert(0, Connection(os.dup(tray.fileno())))
+            self._hand_over.insert(0, None if tray is None else Connection(os.dup(tray.fileno())))
             self._hand_over.insert(0, Connection(theirs.detach()))
             for_failure.pop_all()
         self._socket = ours
@@ -84,8 +85,7 @@ class LokyWorker(WorkerProcess):
         self.jobs_done = 0
 
     def _close_what_is_handed_over(self) -> None:
-        for connection in self._hand_over:
-            connection.close()
+        _close_all(self._hand_over)
 
     async def send(self, frame: bytes) -> None:
         if self._hand_over:
@@ -135,7 +135,7 @@ class _LokyProcess:
         self._process: BaseProcess | None = None
         self.start_failure: Exception | None = None
 
-    def start(self, hand_over: list[Connection], on_end: Callable[[Future[Any]], object]) -> None:
+    def start(self, hand_over: list[Connection | None], on_end: Callable[[Future[Any]], object]) -> None:
         """Start the worker, and the call that serves jobs; close our copies of what is handed over.
 
         Raises:
@@ -151,8 +151,7 @@ class _LokyProcess:
             self.start_failure = exc
             raise ChildProcessError(str(exc)) from exc
         finally:
-            for connection in hand_over:
-                connection.close()
+            _close_all(hand_over)
 
     def shut_down(self) -> None:
         """Let the executor end with its call. It does not wait."""
@@ -195,6 +194,12 @@ class _LokyProcess:
             pass
 
 
+def _close_all(connections: list[Connection | None]) -> None:
+    for connection in connections:
+        if connection is not None:
+            connection.close()
+
+
 def _is_reaped(pid: int) -> bool:
     """Whether a child has ended and somebody has taken its exit code, where the system tells."""
     if not hasattr(os, "waitid"):
@@ -217,7 +222,7 @@ class LokyBackend(ProcessBackend):
     """A worker of loky's for each slot."""
 
     def start_worker(self, setup: bytes) -> WorkerProcess:
-        worker = LokyWorker(setup, self._capture)
+        worker = LokyWorker(setup, self._capture, has_tray=self.is_far)
         self.workers.add(worker)
         return worker
 

@@ -18,6 +18,7 @@ from paraval import WORKING_FOLDER, checks
 from paraval.backends.base import Backend, Cancellation, RunSpec, Slot
 from paraval.backends.child import WorkerProcess
 from paraval.backends.process_slot import ProcessSlot
+from paraval.backends.tray import Tray
 from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
@@ -32,7 +33,16 @@ _SUPERVISION_S: Final = 0.25
 
 
 class ProcessBackend(Backend):
-    """A worker process for each slot."""
+    """A worker process for each slot.
+
+    Args:
+        function: the run-function.
+        max_jobs_per_worker: a worker is replaced after so many jobs; None: never.
+        initializer: called in each new worker; or None.
+        capture: how many bytes to keep of what a job prints; None: none, it goes where ours goes.
+        memory_limit: what a job may hold; or None.
+        num_workers: how many slots there may be, to which jobs are sent ahead; None: jobs come one by one.
+    """
 
     cancellation: ClassVar[Cancellation] = "kill"
 
@@ -44,6 +54,7 @@ class ProcessBackend(Backend):
         initializer: Callable[[], object] | None,
         capture: int | None,
         memory_limit: MemoryLimit | None = None,
+        num_workers: int | None = None,
     ) -> None:
         self.memory_limit = memory_limit
         self.workers: set[WorkerProcess] = set()
@@ -53,7 +64,8 @@ class ProcessBackend(Backend):
         self._capture = capture
         self.is_captured = capture is not None
         self.batch_limit = None if capture is None else 1  # whose output is it, else?
-        self.is_far = memory_limit is None  # whose memory is it, else?
+        is_plain = memory_limit is None and capture is None  # whose memory is it, else?
+        self.is_far = is_plain and num_workers is not None and Tray.can_be_had_by(num_workers)
         self._function = function
         self._is_async = is_async(function)
         self._initializer = initializer
@@ -80,7 +92,7 @@ class ProcessBackend(Backend):
             OSError: it cannot be started.
         """
         is_there = self._prepared and self._prepared[-1].setup is setup
-        worker = self._prepared.pop() if is_there else WorkerProcess(setup, self._capture)
+        worker = self._prepared.pop() if is_there else WorkerProcess(setup, self._capture, has_tray=self.is_far)
         self.workers.add(worker)
         return worker
 
@@ -88,7 +100,7 @@ class ProcessBackend(Backend):
         # A worker starts as slowly as an event loop. Where the system refuses, the slots will hear of it.
         with contextlib.suppress(OSError, PicklingFailed):
             while len(self._prepared) < min(workers, os.cpu_count() or 1):
-                self._prepared.append(WorkerProcess(self.setup(spec), self._capture))
+                self._prepared.append(WorkerProcess(self.setup(spec), self._capture, has_tray=self.is_far))
 
     async def supervise(self) -> None:
         try:
@@ -211,6 +223,7 @@ class ProcessPoolEvaluator(Evaluator):
             initializer=self._initializer,
             capture=self._capture,
             memory_limit=self._memory_limit,
+            num_workers=self.num_workers,
         )
         backend.check(self._spec)
         return backend

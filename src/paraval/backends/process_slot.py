@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["ProcessSlot"]
 
 _REST_S: Final = 0.010
+_BRISK_S: Final = 0.015
+"""Where each job takes longer than this, one wake-up for each is less than one after each rest."""
 _LOOK: Final = pickle.dumps(("look",), 5)
 _LIGHT: Final = 8_000
 """Bytes: of frames that are no larger, a socket takes as many as come in that time."""
@@ -141,6 +143,7 @@ class ProcessSlot(Slot):
             if process.memory is None or not self._settle_excess(process.memory, batch, sent, count, error):
                 raise WorkerDiedError(error) from exc
         except BaseException:
+            self.take_back(batch)  # or it would come between two jobs that are not to be stopped
             with anyio.CancelScope(shield=True):
                 self._forget()
                 await self._stop(process, batch, sent)
@@ -166,7 +169,7 @@ class ProcessSlot(Slot):
         the interpreter needs is in no cache by then. All workers' rests end at the same moments, and none is so long
         that anybody would notice.
         """
-        if not _REST_S <= batch.seconds_left() < _REST_S * len(self._sent) * 2 or batch.waits_for_worker:
+        if batch.seconds_left() < _REST_S or batch.pace_s > _BRISK_S or batch.waits_for_worker:
             return 0.0
         if process.makes_calls or process.largest > _LIGHT or process.wants_to_be_heard:
             return 0.0
@@ -337,7 +340,6 @@ class ProcessSlot(Slot):
 
     async def _stop(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Ask the worker to stop, and kill it: at the latest after the grace."""
-        self.take_back(batch)  # before it is killed, or it would come between two that are not to be stopped
         self._look(process, batch, sent)  # what has ended before it is asked to stop counts
         to_stop = sent
         if batch.in_order:  # another may have begun meanwhile: what it does when it is asked to stop must not count

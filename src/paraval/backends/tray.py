@@ -10,6 +10,8 @@ __all__ = ["Tray"]
 
 _MOST: Final = 1 << 16
 """The largest message, as the worker reads them."""
+_FILES: Final = 4
+"""A worker takes two, and two more with a tray."""
 
 
 class Tray:
@@ -24,6 +26,16 @@ class Tray:
         self._inlet, self._outlet = _pair()
         self._inlet.setblocking(False)
         self._outlet.setblocking(False)  # for the worker too, as it has the same open file
+
+    @staticmethod
+    def can_be_had_by(workers: int) -> bool:
+        """Whether so many workers with a tray would leave half of the files that this process may open to others."""
+        try:
+            import resource
+        except ImportError:  # this system has no such limit
+            return True
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return most == resource.RLIM_INFINITY or workers * _FILES <= most // 2
 
     def fileno(self) -> int:
         """Give the end that the worker reads from."""

@@ -93,10 +93,11 @@ class Sealed(NamedTuple):
 
 
 def main(socket_fd: int, tray_fd: int, lifeline_fd: int) -> None:
-    """Work until the socket ends."""
+    """Work until the socket ends. ``tray_fd`` is -1 where there is no tray."""
     _die_with_the_parent(lifeline_fd)
     for fd in (socket_fd, tray_fd, lifeline_fd):
-        os.set_inheritable(fd, False)
+        if fd >= 0:
+            os.set_inheritable(fd, False)
     worker = Worker(socket_fd, tray_fd)
     # Ctrl-C is the driver's business. (A handler, not SIG_IGN, which programs that a job starts would inherit.)
     signal.signal(signal.SIGINT, _take_no_notice)

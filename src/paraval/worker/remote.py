@@ -322,10 +322,10 @@ async def _cancel_when_asked(job: _LiveJob, task: Any) -> None:
 
 # -- loky --------------------------------------------------------------------------------------------------------------
 
-_held: list[Connection] = []
+_held: list[Any] = []
 
 
-def hold(*connections: Connection) -> None:
+def hold(*connections: Connection | None) -> None:
     """Keep, as the initializer of a worker, what can be handed over only while a process is started."""
     _held[:] = connections
 
@@ -333,7 +333,7 @@ def hold(*connections: Connection) -> None:
 def serve() -> None:
     """Be a worker like those of the process evaluator, until the channel ends: one call that serves many jobs.
 
-    :func:`hold` was given the channel, the tray, the lifeline, and maybe what stdout and stderr shall be.
+    :func:`hold` was given the channel, the tray or None, the lifeline, and maybe what stdout and stderr shall be.
     """
     channel, tray, lifeline, *outputs = _held
     if os.getpgrp() != os.getpid():
@@ -342,6 +342,6 @@ def serve() -> None:
         os.dup2(output.fileno(), number)
         output.close()
     try:
-        main(channel.fileno(), tray.fileno(), lifeline.fileno())
+        main(channel.fileno(), -1 if tray is None else tray.fileno(), lifeline.fileno())
     finally:
         channel.close()

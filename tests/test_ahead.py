@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,8 +18,11 @@ import pytest
 
 import runfunctions
 from paraval import Evaluator, Job, JobStatus, RunningJob
+from paraval.backends.packing import Packer
 from paraval.backends.process import ProcessBackend
 from paraval.backends.tray import Tray
+from paraval.storage import MemoryStorage
+from paraval.worker.main import HEAD, MESSAGE
 from runfunctions import Flags, double
 from support import configurations, outputs, soon, until, until_async
 from workers import LOKY, by_x, errors, needs_trio, timed_out, worker_marks
@@ -27,6 +32,12 @@ both_methods = pytest.mark.parametrize("method", ["process", LOKY])
 two_loops = pytest.mark.parametrize("anyio_backend", ["asyncio", pytest.param("trio", marks=needs_trio)])
 
 LONG_S = 0.06
+
+
+class OtherProcessStorage(MemoryStorage):
+    """Behaves as a store that may block: it is called in a thread."""
+
+    by_reference = False
 
 
 def make(function: Callable[..., Any], method: str = "process", **kwargs: Any) -> Evaluator:
@@ -44,15 +55,15 @@ class Trays:
 def trays(monkeypatch: pytest.MonkeyPatch) -> Trays:
     trays, put, take_back = Trays(), Tray.put, Tray.take_back
 
-    def noted_put(tray: Tray, message: bytes) -> bool:
-        is_laid = put(tray, message)
+    def noted_put(tray: Tray, number: int, message: bytes) -> bool:
+        is_laid = put(tray, number, message)
         trays.laid += is_laid
         return is_laid
 
-    def noted_take_back(tray: Tray) -> int:
-        count = take_back(tray)
-        trays.back += count
-        return count
+    def noted_take_back(tray: Tray) -> set[int]:
+        numbers = take_back(tray)
+        trays.back += len(numbers)
+        return numbers
 
     monkeypatch.setattr(Tray, "put", noted_put)
     monkeypatch.setattr(Tray, "take_back", noted_take_back)
@@ -98,27 +109,27 @@ def runs(flags: Flags, x: object) -> int:
 def test_what_lies_on_a_tray_goes_to_whoever_takes_it() -> None:
     tray = Tray()
     worker = os.dup(tray.fileno())
-    assert [tray.put(message) for message in (b"one", b"two", b"three")] == [True] * 3
-    assert os.read(worker, 100) == b"one"
-    assert tray.take_back() == 2
-    assert tray.take_back() == 0
+    assert [tray.put(number, b"text") for number in (1, 2, 3)] == [True] * 3
+    assert os.read(worker, 100) == (1).to_bytes(HEAD, "little") + b"text"
+    assert tray.take_back() == {2, 3}
+    assert tray.take_back() == set()
     with pytest.raises(BlockingIOError):
         os.read(worker, 100)
-    assert tray.put(b"four")
-    assert os.read(worker, 100) == b"four"
+    assert tray.put(4, b"more")
+    assert os.read(worker, 100)[HEAD:] == b"more"
     tray.close()
-    assert (tray.put(b"five"), tray.take_back()) == (False, 0)
+    assert (tray.put(5, b""), tray.take_back()) == (False, set())
     os.close(worker)
 
 
 def test_a_tray_takes_no_more_than_it_has_room_for() -> None:
     tray = Tray()
-    assert not tray.put(bytes((1 << 16) + 1))
+    assert not tray.put(1, bytes(MESSAGE))
     laid = 0
-    while tray.put(bytes(1 << 15)):
+    while tray.put(laid, bytes(MESSAGE - HEAD)):
         laid += 1
     assert laid > 0
-    assert tray.take_back() == laid
+    assert tray.take_back() == set(range(laid))
     tray.close()
 
 
@@ -148,50 +159,193 @@ def test_what_a_job_prints_or_holds_is_its_own(method: str, option: dict[str, An
 
 @pytest.mark.anyio
 @two_loops
-async def test_a_worker_that_has_overlooked_something_is_told() -> None:
-    """It waits already, and says so, when something is laid down."""
+async def test_a_worker_says_that_it_waits_and_looks_again_when_it_is_told() -> None:
     evaluator = make(double)
     backend = cast("ProcessBackend", evaluator._make_backend())
     process = backend.start_worker(backend.setup(evaluator._spec))
-
     frames: list[Any] = []
 
-    async def receive(kind: str) -> Any:
-        while True:
-            while not frames:
-                frames.extend(await soon(process.receive()))
-            frame = frames.pop(0)
-            if frame[0] == kind:
-                return frame[1]
+    async def next_frame() -> Any:
+        while not frames:
+            frames.extend(frame[:2] for frame in await soon(process.receive()))
+        kind, what = frames.pop(0)
+        return (kind, [job_id for job_id, *_ in what]) if kind == "done" else (kind, what)
 
-    def jobs(x: int, number: int | None = None) -> bytes:
-        return pickle.dumps(("jobs", number or process.next_number, [(f"0.{x}", {"x": x})], 0.1, True))
+    def jobs(*, more: bool = True) -> bytes:
+        number = process.next_number
+        return pickle.dumps(("jobs", number, [(f"0.{number}", {"x": number})], 0.1, more))
 
-    await process.send_jobs(jobs(1))
-    assert await receive("idle") == 1
-    assert not process.overlooks(1)
-    assert process.put_ahead(jobs(2))
-    assert process.overlooks(1)
-    await process.send(pickle.dumps(("look",)))
-    ((job_id, *_, value),) = await receive("done")
-    assert (job_id, value) == ("0.2", 4)
-    assert await receive("idle") == 2
-    assert process.put_ahead(jobs(3))
-    assert process.take_back() == 1
-    await process.send(pickle.dumps(("look",)))  # too late
-    assert await receive("idle") == 2
-    assert not process.overlooks(2)
-    await process.send_jobs(jobs(4))
-    assert not process.overlooks(2)  # what it said before it saw these
-    assert await receive("idle") == 3
-    # It looks at its tray before it has read what was sent to it before that was laid there.
-    assert process.tray is not None
-    assert process.tray.put(jobs(6, 5))
-    await process.send(pickle.dumps(("look",)))
-    await process.send_jobs(jobs(5, 4))
-    assert [(await receive("done"))[0][0] for _ in range(2)] == ["0.5", "0.6"]
-    assert await receive("idle") == 5
+    look = pickle.dumps(("look",))
+    await process.send_jobs(jobs())
+    assert [await next_frame() for _ in range(4)] == [("ready", 0), ("begun", 1), ("done", ["0.1"]), ("idle", 1)]
+    assert process.put_ahead(jobs())
+    assert process.put_ahead(jobs())
+    await process.send(look)
+    assert [await next_frame() for _ in range(3)] == [("done", ["0.2"]), ("done", ["0.3"]), ("idle", 3)]
+    assert process.put_ahead(jobs())
+    assert process.take_back() == {4}
+    await process.send(look)  # too late
+    assert await next_frame() == ("idle", 3)
+    await process.send_jobs(jobs(more=False))  # of which there will be no more, so that it need not look
+    assert await next_frame() == ("done", ["0.5"])
+    await process.send_jobs(jobs())
+    assert [await next_frame() for _ in range(3)] == [("begun", 6), ("done", ["0.6"]), ("idle", 6)]
     await process.retire()
+
+
+class _Interrupted:
+    """The end of a tray where the driver reads, but for a pause after the first message."""
+
+    def __init__(self, outlet: Any, pause: Callable[[], object]) -> None:
+        self._outlet = outlet
+        self._pause = pause
+        self._reads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._outlet, name)
+
+    def recv(self, size: int) -> bytes:
+        if self._reads == 1:
+            self._pause()
+        data: bytes = self._outlet.recv(size)
+        self._reads += 1
+        return data
+
+
+@both_methods
+def test_a_worker_may_take_a_message_between_two_that_are_taken_back(
+    method: str, flags: Flags, trays: Trays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_back = Tray.take_back
+    crossed: list[set[int]] = []
+
+    def interrupted_take_back(tray: Tray) -> set[int]:
+        outlet: Any = tray._outlet
+
+        def pause() -> None:  # until the worker has taken another
+            flags.put("go-running")
+            until(lambda: len(flags.names("ran-")) > ran)
+
+        ran = len(flags.names("ran-"))
+        is_test = flags.up("cancel") and not crossed
+        if is_test:
+            tray._outlet = cast("Any", _Interrupted(outlet, pause))
+        try:
+            numbers = take_back(tray)
+        finally:
+            tray._outlet = outlet
+        if is_test and numbers:
+            crossed.append(numbers)
+        return numbers
+
+    monkeypatch.setattr(Tray, "take_back", interrupted_take_back)
+
+    def function(job: RunningJob) -> Any:
+        flags.put(f"ran-{job['x']}-{time.monotonic_ns()}")
+        if job["x"] == "running":
+            flags.put("began-running")
+            flags.wait("go-running")
+        time.sleep(0.005)  # short: several are sent ahead
+        return job["x"]
+
+    with make(function, method) as evaluator:
+        evaluator.submit([{"x": -1}] * 12)
+        evaluator.gather("ALL")
+        evaluator.submit([{"x": 0}, {"x": "running"}, *configurations(30)])
+        until(lambda: flags.up("began-running") and trays.laid >= 2)
+        flags.put("cancel")
+        (second,) = (job for job in evaluator.jobs if job.args["x"] == 2)
+        evaluator._cancel(second, "the test wants it")
+        jobs = evaluator.gather("ALL")
+    assert crossed
+    assert len(jobs) == 32
+    assert [job.args["x"] for job in jobs if job.error is not None] == [2]
+    assert [runs(flags, x) for x in ("running", *range(1, 30))] == [1, 1, 0] + [1] * 27
+
+
+@both_methods
+@pytest.mark.parametrize("reopens", [False, True], ids=["closes", "reopens"])
+def test_a_job_that_closes_the_tray_keeps_nobody_from_being_run(method: str, reopens: bool, flags: Flags) -> None:
+    def special(_job: RunningJob) -> Any:
+        for number in range(3, 100):
+            with contextlib.suppress(OSError), socket.fromfd(number, 0, 0) as copy:
+                if copy.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_SEQPACKET:
+                    os.close(number)
+                    if reopens:
+                        os.dup2(os.open("/dev/zero", os.O_RDONLY), number)
+                    flags.put("closed")
+        return "closed"
+
+    with make(long_jobs(flags, special), method) as evaluator:
+        learn(evaluator)
+        evaluator.submit([{"x": 0}, {"x": "closes"}, *configurations(4)])
+        evaluator.gather("ALL")
+    assert flags.up("closed")
+    assert errors(evaluator.jobs) == []
+
+
+def test_what_was_given_back_and_sent_ahead_again_is_under_the_time_limit(flags: Flags) -> None:
+    """Behind a job that takes longer than was thought, they wait for the same worker."""
+
+    def function(job: RunningJob) -> Any:
+        if job["x"] == 40:
+            for number in range(40):
+                time.sleep(0.02)
+                job.record(number, 0.0)
+        if job["x"] == 45:
+            time.sleep(50)
+        return job["x"]
+
+    with make(function, job_timeout=1.5, kill_grace=0.1) as evaluator:
+        evaluator.submit([{"x": -1}] * 500)
+        evaluator.gather("ALL")
+        evaluator.submit(configurations(100))
+        jobs = by_x(evaluator.gather("ALL"))
+    assert timed_out(jobs.pop(45))
+    assert errors(list(jobs.values())) == []
+
+
+def test_what_cannot_be_packed_ahead_goes_the_usual_way(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_soon = Packer.pack_soon
+    failed: list[int] = []
+
+    def sometimes(packer: Packer, jobs: Any, most: int) -> Any:
+        if len(failed) < 3:
+            failed.append(1)
+            raise MemoryError
+        return pack_soon(packer, jobs, most)
+
+    monkeypatch.setattr(Packer, "pack_soon", sometimes)
+    with make(long_jobs(flags)) as evaluator:
+        learn(evaluator)
+        evaluator.submit(configurations(8))
+        assert outputs(evaluator.gather("ALL")) == list(range(8))
+    assert len(failed) == 3
+
+
+def test_a_slow_job_that_calls_its_storage_holds_nothing_back(flags: Flags, trays: Trays) -> None:
+    """Whatever its worker says, it has not begun what it has ahead."""
+
+    def special(job: RunningJob) -> Any:
+        number = 0
+        while not flags.up("go"):
+            job.record(number, 0.0)
+            number += 1
+            time.sleep(0.005)
+        return "long"
+
+    with make(long_jobs(flags, special), num_workers=2, storage=OtherProcessStorage()) as evaluator:
+        evaluator.submit([{"x": -1}] * 8)
+        evaluator.gather("ALL")
+        evaluator.submit([{"x": 1000}, {"x": "long"}, *configurations(40)])
+        while not any(job.args["x"] == 20 for job in evaluator.gather("BATCH", 1)):
+            pass
+        ended = {job.args["x"] for job in evaluator.jobs[8:] if job.status is JobStatus.DONE}
+        assert set(range(10)) <= ended
+        flags.put("go")
+        evaluator.gather("ALL")
+    assert errors(evaluator.jobs) == []
+    assert trays.back > 0
 
 
 # -- what is ahead is nobody's -----------------------------------------------------------------------------------------

@@ -186,6 +186,7 @@ class Batch:
         """Say that the worker is set up: the time of its jobs begins now."""
         self.waits_for_worker = False
         self.created = self._clock()
+        self._lap = (self._lap[0], self.created)
         if self.current is not None:
             self.current._started = self.created
 

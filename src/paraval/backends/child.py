@@ -52,9 +52,8 @@ class WorkerProcess(Channel):
     base = 0
     held = 0
     makes_calls = False
-    # Messages with jobs that it was sent or will find; and of these, the last one that it was sent.
     _posted = 0
-    _last_sent = 0
+    """Messages with jobs that it was sent, or that were laid down for it."""
     _strays: Mapping[int, int] = {}
     """Descendants that have left its process group: their starts, by their numbers."""
 
@@ -136,28 +135,24 @@ class WorkerProcess(Channel):
     async def send_jobs(self, frame: bytes) -> None:
         """Send jobs to a worker that has none; as :meth:`send`."""
         self._posted += 1
-        self._last_sent = self._posted
         await self.send(frame)
 
     def put_ahead(self, frame: bytes) -> bool:
         """Lay down jobs for when it is through with those that it has; False if there is no room."""
-        if self.tray is None or not self.tray.put(frame):
+        if self.tray is None or not self.tray.put(self.next_number, frame):
             return False
         self._posted += 1
         return True
 
-    def take_back(self) -> int:
-        """Take back what was laid down and it has not taken; give the number of messages, which are the last ones."""
-        count = 0 if self.tray is None else self.tray.take_back()
-        self._posted -= count
-        return count
+    def take_back(self) -> set[int]:
+        """Take back what was laid down and it has not taken; give the numbers of these messages."""
+        return set() if self.tray is None else self.tray.take_back()
 
-    def overlooks(self, seen: int) -> bool:
-        """Whether it has overlooked jobs, which came when it had looked, where it waits having seen so many messages.
-
-        Unless it was sent others since: it has not seen those when it says so.
-        """
-        return self._last_sent <= seen < self._posted
+    def lose_tray(self) -> None:
+        """Go on without a tray."""
+        if self.tray is not None:
+            self.tray.close()
+            self.tray = None
 
     def look_at_memory(self) -> int:
         """Give the bytes that an idle worker holds. Its next jobs are not to blame for what others have left there."""
@@ -178,8 +173,7 @@ class WorkerProcess(Channel):
 
     def _close(self) -> None:
         super()._close()
-        if self.tray is not None:
-            self.tray.close()
+        self.lose_tray()
 
     def _drain(self) -> None:
         for tail in self._tails:

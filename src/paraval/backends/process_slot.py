@@ -7,8 +7,8 @@ import errno
 import os
 import pickle
 from collections import deque
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
 
@@ -42,8 +42,15 @@ _PASSING: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 """Reasons for which the system cannot start a process now, and may be able to a moment later."""
 _PAUSES_S: Final = (0.05, 0.1, 0.25, 0.5)
 """How long that moment may be, each time."""
-_OF_JOBS: Final = frozenset({"done", "back"})
+_OF_JOBS: Final = frozenset({"done", "back", "begun"})
 _WRAPPED: Final = frozenset({Sealed, Outcome})
+
+
+class _Load(NamedTuple):
+    """The jobs of one message."""
+
+    number: int
+    job_ids: list[str]
 
 
 class ProcessSlot(Slot):
@@ -58,7 +65,10 @@ class ProcessSlot(Slot):
         # What the worker has: the jobs, and their ids message by message. The first message is what it is at, though it
         # may not have taken that from its tray yet.
         self._sent: dict[str, Job] = {}
-        self._loads: deque[list[str]] = deque()
+        self._loads: deque[_Load] = deque()
+        self._has_begun = False
+        self._wants_more = False
+        self._bytes_per_job = 0
         self._has_overlooked = False
         self._cannot_be_set_up = False
 
@@ -114,16 +124,18 @@ class ProcessSlot(Slot):
         count = len(sent)
         self._sent = sent
         self._loads.clear()
-        self._has_overlooked = False
-        frame = await self._encode(process.next_number, batch, sent)
+        self._has_begun = self._wants_more = self._has_overlooked = False
+        number = process.next_number
+        frame = await self._encode(number, batch, sent)
         process.output()  # what was printed between jobs belongs to none
         try:
             if sent:
-                self._loads.append(list(sent))
+                self._loads.append(_Load(number, list(sent)))
+                self._bytes_per_job = len(frame) // len(sent)
                 await process.send_jobs(frame)
+                del frame  # which may be large, and this may take long
                 if self._backend.memory_limit is not None:
                     process.watch_memory(self._backend.memory_limit.bytes)
-                self._send_ahead(process, batch)
             while sent:
                 if self._rest(process, batch):
                     await self._leave_alone(process, batch, sent)
@@ -158,9 +170,10 @@ class ProcessSlot(Slot):
                 await process.rest(rest)
                 before = len(sent)
                 self._look(process, batch, sent)
-                if len(sent) < before and sent:
+                if sent:
                     self._send_ahead(process, batch)
-                    batch.report()
+                    if len(sent) != before:
+                        batch.report()
 
     def _rest(self, process: WorkerProcess, batch: Batch) -> float:
         """Give the seconds for which the worker can be left alone: 0 if it may want something.
@@ -178,33 +191,56 @@ class ProcessSlot(Slot):
 
     def _send_ahead(self, process: WorkerProcess, batch: Batch) -> None:
         """See to it that the worker, when it is through with what it is at, finds its next jobs on the tray."""
-        if not batch.may_have_more or batch.waits_for_worker or (len(self._loads) > 1 and not batch.in_order):
+        if not self._wants_more:
             return
-        with contextlib.suppress(PicklingFailed):  # the static arguments are not what they were: another worker is due
-            if self._backend.setup(self._spec) is not process.setup:
-                return
-            left = self._backend.jobs_left(process)
-            jobs = batch.ask_for_more(_MOST if left is None else max(0, left - len(self._sent)))
-            loads = [[job] for job in jobs] if batch.in_order or not jobs else [jobs]
-            for place, load in enumerate(loads):
-                items = self._packer.pack_soon(load, _LARGEST_AHEAD)
-                frame = pickle.dumps(("jobs", process.next_number, items, batch.hold_s, True), 5)
-                if items is None or not process.put_ahead(frame):
-                    batch.refuse([job for refused in loads[place:] for job in refused])
-                    return
-                batch.take_more(load)
-                self._loads.append([job.id for job in load])
+        self._wants_more = False
+        # Nothing is laid down before the worker has begun what it was sent over the socket: it might find that first.
+        if not batch.may_have_more or not self._has_begun or (len(self._loads) > 1 and not batch.in_order):
+            return
+        most = _LARGEST_AHEAD // max(1, self._bytes_per_job)
+        if batch.in_order and most:
+            most = _MOST  # each has a message of its own
+        left = self._backend.jobs_left(process)
+        if left is not None:
+            most = min(most, left - len(self._sent))
+        if most <= 0 or not self._is_set_up(process):
+            return
+        jobs = batch.ask_for_more(most)
+        loads = [[job] for job in jobs] if batch.in_order or not jobs else [jobs]
+        while loads and self._lay_down(process, batch, loads[0]):
+            del loads[0]
+        if loads:
+            batch.refuse([job for load in loads for job in load])
+
+    def _is_set_up(self, process: WorkerProcess) -> bool:
+        """Whether static arguments are what they were when the worker was started."""
+        try:
+            return self._backend.setup(self._spec) is process.setup
+        except PicklingFailed:
+            return False
+
+    def _lay_down(self, process: WorkerProcess, batch: Batch, jobs: Sequence[Job]) -> bool:
+        number = process.next_number
+        try:
+            items = self._packer.pack_soon(jobs, _LARGEST_AHEAD)
+            if items is None:
+                return False
+            frame = pickle.dumps(("jobs", number, items, batch.hold_s, True), 5)
+        except Exception:  # noqa: BLE001 - there is no memory for it, say; it will be told when their turn comes
+            return False
+        self._bytes_per_job = len(frame) // len(jobs)
+        if not process.put_ahead(frame):
+            return False
+        batch.take_more(jobs)
+        self._loads.append(_Load(number, [job.id for job in jobs]))
+        return True
 
     def take_back(self, batch: Batch) -> bool:
-        process, loads = self._process, self._loads
-        if process is None:
-            return True
-        sent = len(loads)
-        count = process.take_back()
-        back = [job_id for _ in range(count) for job_id in reversed(loads.pop())]
-        batch.return_ahead(back[::-1])
-        # Where it has taken more than the first, it has reported the jobs of that before.
-        return count >= sent - 1
+        if self._process is not None and (numbers := self._process.take_back()):
+            batch.return_ahead([job_id for load in self._loads if load.number in numbers for job_id in load.job_ids])
+            self._loads = deque(load for load in self._loads if load.number not in numbers)
+        # Where the worker has taken more than the first, it has reported the jobs of that before.
+        return len(self._loads) <= 1
 
     def _take_done(
         self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], done: list[tuple[str, float, float, Any, Any]]
@@ -219,12 +255,22 @@ class ProcessSlot(Slot):
                 outcome = returned(value) if is_plain_result else outcome_of_worker(error, value)
                 finish(job, outcome, started, finished)
         process.jobs_done += len(done)
+        self._wants_more = True
+        self._go_on(batch, sent)
+
+    def _go_on(self, batch: Batch, sent: dict[str, Job]) -> None:
+        """Where the first load is through, the worker is at the next one."""
         loads = self._loads
         before = len(loads)
-        while loads and loads[0][-1] not in sent:
+        while loads and loads[0].job_ids[-1] not in sent:
             loads.popleft()
         if loads and len(loads) < before:
-            batch.go_on(loads[0])
+            batch.go_on(loads[0].job_ids)
+
+    def _forget_loads(self, job_ids: Container[str]) -> None:
+        """These jobs were given back: the same worker may be sent them once more."""
+        loads = [load._replace(job_ids=[it for it in load.job_ids if it not in job_ids]) for load in self._loads]
+        self._loads = deque(load for load in loads if load.job_ids)
 
     def _settle_excess(
         self, memory: WatchedProcess, batch: Batch, sent: dict[str, Job], count: int, error: JobError
@@ -321,9 +367,17 @@ class ProcessSlot(Slot):
                 job_ids, current, started = frame[1:]
                 if current in sent or not sent.keys().isdisjoint(job_ids):  # else it is late, and means jobs before
                     batch.give_back(job_ids, current, started)
+                    self._forget_loads(set(job_ids))
+                    self._go_on(batch, sent)  # it may have been through with that one when it said this
                     self.take_back(batch)
+                    self._wants_more = False
+            case "begun":
+                self._has_begun = self._wants_more = True
             case "idle":
-                self._has_overlooked = process.overlooks(frame[1])
+                self._note_idle(frame[1])
+            case "lost":
+                self.take_back(batch)
+                process.lose_tray()
             case "call":
                 process.makes_calls = True
                 self._call = StorageCall(self._spec.storage, self._backend.start_soon, *frame[1:])
@@ -332,11 +386,13 @@ class ProcessSlot(Slot):
                 batch.worker_is_ready()
             case "broken":
                 self._cannot_be_set_up = True
-                error = JobError(*frame[1])
-                error = error._replace(message=f"the worker could not be set up: {error.message}")
-                self.take_back(batch)
                 self._attach_output(process, sent.values())
-                self._fail(batch, sent, Outcome(error=error))
+                self._fail(batch, sent, Outcome(error=_of_setup(JobError(*frame[1]))))
+
+    def _note_idle(self, seen: int) -> None:
+        """The worker waits, having seen messages up to this number."""
+        # Before it has begun what it was sent, it has said this of what was before.
+        self._has_overlooked = self._has_begun and bool(self._loads) and self._loads[-1].number > seen
 
     async def _stop(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Ask the worker to stop, and kill it: at the latest after the grace."""
@@ -355,3 +411,7 @@ class ProcessSlot(Slot):
         finally:
             await process.kill()
         self._attach_output(process, sent.values())
+
+
+def _of_setup(error: JobError) -> JobError:
+    return error._replace(message=f"the worker could not be set up: {error.message}")

@@ -6,10 +6,10 @@ import contextlib
 import socket
 from typing import Final
 
+from paraval.worker.main import HEAD, MESSAGE
+
 __all__ = ["Tray"]
 
-_MOST: Final = 1 << 16
-"""The largest message, as the worker reads them."""
 _FILES: Final = 4
 """A worker takes two, and two more with a tray."""
 
@@ -41,23 +41,26 @@ class Tray:
         """Give the end that the worker reads from."""
         return self._outlet.fileno()
 
-    def put(self, message: bytes) -> bool:
+    def put(self, number: int, message: bytes) -> bool:
         """Lay a message down; False if it is too large, or the tray is full."""
-        if len(message) > _MOST:
+        if len(message) > MESSAGE - HEAD:
             return False
         try:
-            self._inlet.send(message)
+            self._inlet.send(number.to_bytes(HEAD, "little") + message)
         except OSError:
             return False
         return True
 
-    def take_back(self) -> int:
-        """Take the messages that the worker has not taken, which are the last ones; say how many these were."""
-        count = 0
+    def take_back(self) -> set[int]:
+        """Take the messages that the worker has not taken; give their numbers.
+
+        They need not be the last ones: the worker may take one between two that are taken here.
+        """
+        numbers = set()
         with contextlib.suppress(OSError):  # there is no more; or it is closed
-            while self._outlet.recv(1):  # the rest of a message goes with its first byte
-                count += 1
-        return count
+            while head := self._outlet.recv(HEAD):  # the rest of a message goes with it
+                numbers.add(int.from_bytes(head, "little"))
+        return numbers
 
     def close(self) -> None:
         """Close both ends."""

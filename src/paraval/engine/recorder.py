@@ -143,12 +143,13 @@ class Recorder:
         self.record(jobs)
 
     def _hand_over(self, jobs: list[Job]) -> None:
+        stopped = [job for job in jobs if job._status is JobStatus.CANCELLED] if self.closing else []
+        # Before callbacks, which may take longer than whoever closes waits.
+        self.given_back += [job for job in stopped if not self._ledger.is_private(job)]
         if self._notifier.callbacks:
             for job in jobs:
                 self._notifier.call("on_done", job)
-        if self.closing:
-            stopped = [job for job in jobs if job._status is JobStatus.CANCELLED]
-            self.given_back += [job for job in stopped if not self._ledger.is_private(job)]
+        if stopped:
             self._ledger.deliver(stopped, mail=False)
             jobs = [job for job in jobs if job._status is not JobStatus.CANCELLED]
         self._ledger.deliver(jobs)

@@ -11,14 +11,16 @@ parent   ``("setup", Setup)``              once, first
 child    ``("ready", bytes)``               the setup is done; the memory held then, where it is limited
          ``("done", [(id, started, finished, error, value), …])``
          ``("back", [id, …], id, started)`` never started, send them elsewhere; and the one that keeps the worker busy
-         ``("idle", n)``                   it waits, having seen n messages with jobs; there may be more on the tray
+         ``("begun", n)``                  it has this message from the socket, and will look at the tray next
+         ``("lost",)``                     a job has closed the tray
+         ``("idle", n)``                   it waits, having seen messages up to this one; more may lie on the tray now
          ``("call", method, args)``        of the storage; sealed arguments
          ``("broken", error)``             the setup failed; no job will ever run here
 ======== ================================= ==========================================================================
 
-Messages with jobs may lie on the tray, too (:class:`~paraval.backends.tray.Tray`), without a length. The worker looks
-there when it has run what it had, and reported that: so where one is gone from the tray, all before it has been said.
-(But it may meet there what was laid down after others were sent, before it has looked for those: hence the numbers.)
+Messages with jobs may lie on the tray, too (:class:`~paraval.backends.tray.Tray`), with their number in place of a
+length. The worker looks there when it has run what it had, and reported that: so where one is gone from the tray, all
+before it has been said.
 
 An ``args`` or ``value`` is a :class:`Sealed` pickle unless it is plain, so that one that cannot be unpickled costs its
 own job only.
@@ -46,14 +48,16 @@ from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
-__all__ = ["Sealed", "Setup", "exit_fork", "is_one_of", "main"]
+__all__ = ["HEAD", "MESSAGE", "Sealed", "Setup", "exit_fork", "is_one_of", "main"]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
 _LONGEST_S: Final = 0.1
 """How long the guard sleeps at most while there is a batch: clocks may be changed."""
-_MESSAGE: Final = 1 << 16
-"""Bytes of the largest message on the tray."""
+HEAD: Final = 8
+"""Bytes of the number before a message on the tray."""
+MESSAGE: Final = 1 << 16
+"""Bytes of the largest message there, with its number."""
 _IONBF: Final = 2
 """C's name for a stream without a buffer."""
 
@@ -156,9 +160,10 @@ class Worker:
         self._reader = open(fd, "rb", buffering=1 << 16, closefd=False)  # noqa: SIM115 - open for the whole life
         self._fd = fd
         self._tray = tray
+        self._tray_inode = os.fstat(tray).st_ino if tray >= 0 else 0
+        self._has_tray = tray >= 0
         self._seen = 0
         self._expects_more = False
-        self._kept: Any = None
         self._pid = os.getpid()
         self._sending = _thread.allocate_lock()
         self._calling = _thread.allocate_lock()
@@ -192,7 +197,8 @@ class Worker:
             return
         self._send(("ready", self._own_memory()))
         while (frame := self._next()) is not None:
-            _, self._seen, jobs, hold_s, self._expects_more = frame
+            _, self._seen, jobs, hold_s, more = frame
+            self._expects_more = more and self._has_tray
             self._run_batch(jobs, hold_s)
 
     def _own_memory(self) -> int:
@@ -236,6 +242,10 @@ class Worker:
         self._context = JobContext(origin=setup.origin, kill_grace=setup.kill_grace, memory_limit=setup.memory_limit)
         self._is_async = setup.is_async
         self._function, self._kwargs, self._stopper, initializer = pickle.loads(setup.program)  # noqa: S301 - our parent's
+        if setup.is_async:
+            from paraval.worker.coroutines import CoroutineRunner  # here: most workers never need it
+
+            self._runner = CoroutineRunner()
         self._retry_on = pickle.loads(setup.retry_on) if setup.retry_on else ()  # noqa: S301 - likewise
         if initializer is not None:
             initializer()
@@ -244,27 +254,33 @@ class Worker:
         """Give the next jobs: from the tray, or else those that come; None when there are no more."""
         looks = self._expects_more and not self._is_asked_to_stop  # else it shall not go on by itself
         while True:
-            if looks and self._kept is None:
-                self._kept = self._from_tray()
-            if self._kept is not None and self._kept[1] == self._seen + 1:
-                frame, self._kept = self._kept, None
+            frame = self._from_tray() if looks else None
+            if frame is not None:
                 return frame
-            if self._expects_more and self._kept is None:
-                try:
+            try:
+                if self._expects_more:
                     self._send(("idle", self._seen))
-                except ConnectionError:  # the parent has closed its end, as it wants nothing more
-                    return None
-            frame = self._receive()
-            if frame is None or frame[0] == "jobs":
-                return frame
+                frame = self._receive()
+                if frame is None or frame[0] == "jobs":
+                    if frame is not None and frame[-1]:
+                        self._send(("begun", frame[1]))
+                    return frame
+            except ConnectionError:  # the parent has closed its end, as it wants nothing more
+                return None
             looks = True
 
     def _from_tray(self) -> Any:
         try:
-            message = os.read(self._tray, _MESSAGE)
-        except OSError:  # there is nothing
+            if os.fstat(self._tray).st_ino != self._tray_inode:
+                raise OSError(f"descriptor {self._tray} is not what it was")  # noqa: TRY301 - as one that is closed
+            message = os.read(self._tray, MESSAGE)
+        except BlockingIOError:  # there is nothing
             return None
-        return pickle.loads(message) if message else None  # noqa: S301 - from our own parent
+        except OSError:  # a job has closed it, and maybe its number is another file's now
+            self._expects_more = self._has_tray = False
+            self._send(("lost",))
+            return None
+        return pickle.loads(message[HEAD:]) if message else None  # noqa: S301 - from our own parent
 
     def _run_batch(self, jobs: list[tuple[str, Any]], hold_s: float) -> None:
         with self._state:
@@ -313,6 +329,8 @@ class Worker:
                 exit_fork(exc)
             self._end_calls()
             error = error_from_exception(exc)
+            if self._is_asked_to_stop and not error.message:
+                error = error._replace(message="it was asked to stop, by SIGTERM")
             return (*error, is_one_of(exc, self._retry_on)), None
         if os.getpid() != self._pid:
             exit_fork(None)  # the job forked, and its child came back too: there is one worker on this socket
@@ -326,10 +344,6 @@ class Worker:
             return (*error, False), None
 
     def _complete(self, coroutine: Any, job: Job) -> Any:
-        if self._runner is None:
-            from paraval.worker.coroutines import CoroutineRunner  # here: most workers never need it
-
-            self._runner = CoroutineRunner()
         return self._runner.run(coroutine, lambda: job._status is JobStatus.CANCELLING)
 
     def _storage_client(self) -> Any:

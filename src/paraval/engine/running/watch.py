@@ -23,6 +23,9 @@ MARGIN_S: Final = 0.4
 """How long after the grace a job may take to be seen ended before it is given up."""
 
 
+_DOUBT_S: Final = 0.2
+
+
 class Watch:
     """Over all workers of one engine. On the engine's loop.
 
@@ -81,10 +84,14 @@ class Watch:
             worker.scope.cancel()
             return None
         if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
-            if worker.hold_up() and job.id in self._settling.open and batch.current is job:
-                self.interrupt(worker, job, out_of_time(limit))
-                return None
-            return now + 0.001  # it has just ended
+            is_sure = worker.hold_up()
+            if job.id not in self._settling.open or batch.current is not job:
+                return now + 0.001  # it has just ended
+            if not is_sure and now - job._started < limit + _DOUBT_S:
+                return now + 0.001  # it has, and that is on its way
+            batch.hurry = not is_sure
+            self.interrupt(worker, job, out_of_time(limit))
+            return None
         due = self._next_check(batch)
         return None if due is None else max(due, now + 0.001)
 

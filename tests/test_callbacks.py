@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -383,3 +384,30 @@ def test_in_an_evaluator(tmp_path: Path, capsys: pytest.CaptureFixture[str], cap
 def test_importing_the_module_is_cheap() -> None:
     heavy = {"anyio", "csv", "moocore", "numpy", "tqdm"}
     assert without("rich", f"import paraval.callback; print({heavy} & set(sys.modules))").stdout == "set()\n"
+
+
+@pytest.mark.parametrize("method", ["thread", "process"])
+def test_close_gives_back_what_it_cancelled_however_long_callbacks_take(method: str) -> None:
+    heard = threading.Event()
+    go_on = threading.Event()
+
+    class Slow(Callback):
+        def on_done(self, job: Job) -> None:
+            if job.timing.started is None:
+                heard.set()
+                go_on.wait(30)
+
+    function: Callable[[RunningJob], Any] = sleep_until_stopped
+    evaluator = Evaluator.create(function, method, {"num_workers": 1, "kill_grace": 0.1, "callbacks": [Slow()]})
+    evaluator.submit([{}] * 20)
+    until(lambda: evaluator.statistics().running == 1)
+    given_back = evaluator.close()
+    assert heard.is_set()
+    go_on.set()
+    assert len({job.id for job in given_back}) == 20
+    until(lambda: evaluator.statistics().cancelled == 20)
+
+
+def sleep_until_stopped(job: RunningJob) -> None:
+    while not job.stopped():
+        time.sleep(0.005)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from paraval import Evaluator, Job, ParavalError, RunningJob
-from support import outputs, run_all, run_program
+from support import outputs, run_all, run_program, until
 from workers import LOKY, errors, processes, worker_marks
 
 pytestmark = worker_marks
@@ -407,3 +408,41 @@ def test_the_part_that_cannot_be_sent_is_named() -> None:
         make(lambda job: lock)
     jobs: list[Job] = run(function, [{}], run_function_kwargs={"held": [function]})
     assert errors(jobs) == []
+
+
+# -- coroutines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_what_coroutines_need_is_imported_before_the_first_job_s_time_begins(
+    method: str, kind: str, tmp_path: Path
+) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    # Sent by value, as what this module imports is not wanted.
+    exec(f"{kind} function(job):\n    return job['x']", namespace)  # noqa: S102 - the text is the line above's
+    file = tmp_path / "imported"
+    code = f"import pathlib, sys; pathlib.Path({str(file)!r}).write_text(str('asyncio' in sys.modules))"
+    jobs = run(namespace["function"], [{"x": 1}], method, initializer=functools.partial(exec, code))
+    assert outputs(jobs) == [1]
+    if kind == "async def" or method == "process":  # loky imports what it needs itself
+        assert file.read_text() == str(kind == "async def")
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_a_coroutine_that_others_ask_to_stop_says_so(method: str, tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+
+    async def function(_job: RunningJob) -> None:
+        draft = file.with_name("draft")
+        draft.write_text(str(os.getpid()), encoding="utf-8")
+        draft.replace(file)
+        await asyncio.sleep(50)
+
+    with make(function, method) as evaluator:
+        evaluator.submit([{}])
+        until(file.exists)
+        os.kill(int(file.read_text(encoding="utf-8")), signal.SIGTERM)
+        (job,) = evaluator.gather("ALL")
+    assert job.error is not None
+    assert (job.error.type, job.error.message) == ("CancelledError", "it was asked to stop, by SIGTERM")

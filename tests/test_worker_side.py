@@ -429,6 +429,17 @@ def test_what_coroutines_need_is_imported_before_the_first_job_s_time_begins(
         assert file.read_text() == str(kind == "async def")
 
 
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_what_a_job_raises_when_it_is_asked_to_stop_is_its_own(kind: str) -> None:
+    """It says nothing, and nothing is said for it."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    code = "import os, signal, time\n    os.kill(os.getpid(), signal.SIGTERM)\n    raise ValueError"
+    exec(f"{kind} function(job):\n    {code}", namespace)  # noqa: S102 - the text is above
+    (job,) = run(namespace["function"], [{}])
+    assert job.error is not None
+    assert (job.error.type, job.error.message) == ("ValueError", "")
+
+
 @pytest.mark.parametrize("method", IN_PROCESSES)
 def test_a_coroutine_that_others_ask_to_stop_says_so(method: str, tmp_path: Path) -> None:
     file = tmp_path / "pid"

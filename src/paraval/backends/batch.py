@@ -46,7 +46,8 @@ class Batch:
         hurry: when its run is cancelled, kill at once: the job to stop is not known to be the one that runs.
         waits_for_worker: its worker is being set up, so no job's time has begun; or what it sent is being taken in, so
             it is not known yet which jobs have ended in time.
-        shortest_s: how many seconds the shortest of its jobs took, where a worker tells; infinity before one has ended.
+        shortest_s: how many seconds the shortest job since the last :meth:`lap` took, where a worker tells; infinity
+            before one has ended.
         has_waited: its slot has waited for it, so all other tasks have had their turns.
         was_cut: some of its jobs went elsewhere, so its time says nothing about them.
     """

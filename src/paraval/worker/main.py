@@ -327,9 +327,10 @@ class Worker:
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             if os.getpid() != self._pid:
                 exit_fork(exc)
+            was_asked = self._live is not None and self._live._status is JobStatus.CANCELLING
             self._end_calls()
             error = error_from_exception(exc)
-            if self._is_asked_to_stop and not error.message:
+            if was_asked and error.type == "CancelledError" and not error.message:
                 error = error._replace(message="it was asked to stop, by SIGTERM")
             return (*error, is_one_of(exc, self._retry_on)), None
         if os.getpid() != self._pid:

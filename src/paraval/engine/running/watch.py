@@ -89,7 +89,8 @@ class Watch:
                 return now + 0.001  # it has just ended
             if not is_sure and now - job._started < limit + _DOUBT_S:
                 return now + 0.001  # it has, and that is on its way
-            batch.hurry = not is_sure
+            if not is_sure:
+                batch.hurry = True
             self.interrupt(worker, job, out_of_time(limit))
             return None
         due = self._next_check(batch)

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import _thread
 import faulthandler
-import io
 import math
 import os
 import pickle
@@ -46,6 +45,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from paraval.errors import UsageError
 from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
+from paraval.worker.output import flush_output, unbuffer_output
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
 __all__ = ["HEAD", "MESSAGE", "Sealed", "Setup", "exit_fork", "is_one_of", "main"]
@@ -58,8 +58,6 @@ HEAD: Final = 8
 """Bytes of the number before a message on the tray."""
 MESSAGE: Final = 1 << 16
 """Bytes of the largest message there, with its number."""
-_IONBF: Final = 2
-"""C's name for a stream without a buffer."""
 
 
 class Setup(NamedTuple):
@@ -110,7 +108,7 @@ def main(socket_fd: int, tray_fd: int, lifeline_fd: int) -> None:
     try:
         worker.serve()
     finally:
-        _flush_output()
+        flush_output()
 
 
 def _take_no_notice(_number: int, _frame: object) -> None:
@@ -236,7 +234,7 @@ class Worker:
         sys.path[:] = setup.path
         sys.argv[:] = setup.argv
         if setup.is_captured:
-            _unbuffer_output()
+            unbuffer_output()
             faulthandler.enable()  # a crash shows where it was
         self._origin = setup.origin
         self._context = JobContext(origin=setup.origin, kill_grace=setup.kill_grace, memory_limit=setup.memory_limit)
@@ -306,7 +304,7 @@ class Worker:
                 self._report()
             if self._is_asked_to_stop:  # what it has not begun it shall not
                 self._give_back()
-        _flush_output()
+        flush_output()
         self._report()
 
     def _run(self, job_id: str, args: Any) -> tuple[tuple[Any, ...] | None, Any]:
@@ -476,40 +474,5 @@ def exit_fork(exc: BaseException | None) -> NoReturn:
     if code is not None and not isinstance(code, int):
         sys.stderr.write(f"{code}\n")
         code = 1
-    _flush_output()
+    flush_output()
     os._exit((code or 0) & 0xFF)
-
-
-class _Unbuffered(io.TextIOWrapper):
-    """Text that is out when ``write`` returns; ``write_through`` would leave it in the buffer below."""
-
-    def write(self, text: str, /) -> int:
-        count = super().write(text)
-        self.flush()
-        return count
-
-
-def _unbuffer_output() -> None:
-    """Have all that is printed go out at once, also by C libraries, as the interpreter's own option ``-u`` does."""
-    for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
-        stream.reconfigure(line_buffering=True)  # who has it already may go on with it
-        # A file object of its own, as in a worker of loky's the first was opened on what was another file then.
-        file = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 - open for the whole life
-        setattr(sys, name, _Unbuffered(file, encoding=stream.encoding, errors=stream.errors))
-    try:
-        import ctypes  # here: few workers need it
-
-        libc = ctypes.CDLL(None)
-        stdout = ctypes.c_void_p.in_dll(libc, "__stdoutp" if sys.platform == "darwin" else "stdout")
-        libc.setvbuf(stdout, None, _IONBF, 0)
-    except (ImportError, OSError, ValueError, AttributeError):  # a Python without it, or a C library of another kind
-        return
-
-
-def _flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):  # closed, or gone: a job may do that
-            continue

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.board import Address, BoardOfWorker
-from paraval.worker.main import Sealed, _flush_output, exit_fork, is_one_of, main
+from paraval.worker.main import Sealed, exit_fork, is_one_of, main
+from paraval.worker.output import flush_output
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def run_jobs(
         call.close()
         if board is not None:
             board.close()
-        _flush_output()
+        flush_output()
 
 
 def _end_with(driver: int) -> None:

@@ -17,7 +17,7 @@ from paraval.outcome import JobError, Objective, Outcome, error_from_exception, 
 if TYPE_CHECKING:
     from paraval.storage import Storage
 
-__all__ = ["HPOJob", "Job", "JobContext", "JobStatus", "JobTiming", "RunningJob"]
+__all__ = ["HPOJob", "Job", "JobContext", "JobStatus", "JobTiming", "LiveJob", "RunningJob", "running_job"]
 
 
 class JobStatus(Enum):
@@ -200,10 +200,12 @@ class Job:
 
     def settle(self, outcome: Outcome) -> None:
         """Take the outcome. An output that no standard allows is a failure of this job."""
-        error = outcome.error
-        if error is None and outcome.value is not self:  # itself: an overridden execute() has set the output already
+        value, error, cancelled, _ = outcome
+        if error is None and type(self) is Job and value is not self and not isinstance(value, dict):  # as a rule
+            self.output = value
+        elif error is None and value is not self:  # itself: an overridden execute() has set the output already
             try:
-                self.set_output(outcome.value)
+                self.set_output(value)
             except Exception as exc:  # noqa: BLE001 - a subclass's set_output is user code
                 error = error_from_exception(exc)
                 if isinstance(exc, WrongTypeError):
@@ -216,7 +218,7 @@ class Job:
             self._set_error(error)
         if type(self) not in _OURS:
             self._try_what_is_overridden()
-        self._status = _CANCELLED if outcome.cancelled else _DONE
+        self._status = _CANCELLED if cancelled else _DONE
 
     def _set_error(self, error: JobError) -> None:
         try:
@@ -244,18 +246,7 @@ class Job:
         Args:
             stopper: copied (deeply) for this job, its ``job`` attribute set; or None.
         """
-        # As RunningJob(self.id, dict(self.args), self.storage, live=self) does; it is the largest part of a tiny job.
-        running = RunningJob.__new__(RunningJob)
-        running.id = self.id
-        running.parameters = dict(self.args)
-        running.stopper = None
-        running._live = self
-        running._record = None
-        running._storage = self.storage
-        if stopper is not None:
-            running.stopper = stopper = copy.deepcopy(stopper)
-            stopper.job = running
-        return running
+        return running_job(self, self.id, dict(self.args), self.storage, stopper)
 
 
 class HPOJob(Job):
@@ -309,6 +300,16 @@ class HPOJob(Job):
         self.output = {"objective": error.reason}
 
 
+class LiveJob:
+    """What a running job shows of its job where that is not: in a worker process."""
+
+    __slots__ = ("_status", "context")
+
+    def __init__(self, context: JobContext) -> None:
+        self._status = _RUNNING
+        self.context = context
+
+
 class RunningJob(MutableMapping[str, Any]):
     """What a run-function receives: a mapping over its parameters, and the way back to the evaluator.
 
@@ -331,7 +332,7 @@ class RunningJob(MutableMapping[str, Any]):
         storage: Storage | None = None,
         stopper: Any = None,
         *,
-        live: Job | None = None,
+        live: Job | LiveJob | None = None,
     ) -> None:
         self.parameters: dict[str, Any] = {} if parameters is None else parameters
         self.stopper = stopper
@@ -419,9 +420,35 @@ class RunningJob(MutableMapping[str, Any]):
         return None if self._record is None else self._record[1]
 
 
+def running_job(
+    live: Job | LiveJob, job_id: str, parameters: dict[str, Any], storage: Any, stopper: Any = None
+) -> RunningJob:
+    """Make what a run-function receives; as ``RunningJob(…)`` does, which would be the largest part of a tiny job.
+
+    Args:
+        live: its status and its context are shown.
+        job_id: ``"search.job"``.
+        parameters: the job's own from now on.
+        storage: where it is recorded, or a function that gives that.
+        stopper: copied (deeply) for this job, its ``job`` attribute set; or None.
+    """
+    running = RunningJob.__new__(RunningJob)
+    running.id = job_id
+    running.parameters = parameters
+    running.stopper = None
+    running._live = live
+    running._record = None
+    running._storage = storage
+    if stopper is not None:
+        running.stopper = stopper = copy.deepcopy(stopper)
+        stopper.job = running
+    return running
+
+
 _NO_CONTEXT = JobContext()
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _READY = JobStatus.READY
+_RUNNING = JobStatus.RUNNING
 _DONE = JobStatus.DONE
 _CANCELLED = JobStatus.CANCELLED
 _OURS = frozenset({Job, HPOJob})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +20,7 @@ __all__ = [
     "JobError",
     "Objective",
     "Outcome",
+    "all_returned",
     "error_from_exception",
     "is_failure",
     "returned",
@@ -92,6 +93,11 @@ class Outcome(NamedTuple):
 def returned(value: Any) -> Outcome:
     """Make the outcome of a job that returned: ``Outcome(value)``, at half its cost."""
     return _new_tuple(Outcome, (value, None, False, False))
+
+
+def all_returned(values: Sequence[Any]) -> list[Outcome]:
+    """Make the outcomes of several such jobs."""
+    return [_new_tuple(Outcome, (value, None, False, False)) for value in values]
 
 
 _new_tuple: Final = tuple.__new__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -16,6 +17,7 @@ Ended = tuple[Job, Outcome, float]
 """A job, what became of it, and when, in seconds on the evaluator's clock."""
 
 # Enum's own look-up of a member costs more than anything else that is done with it here.
+_READY: Final = JobStatus.READY
 _RUNNING: Final = JobStatus.RUNNING
 _CANCELLED: Final = JobStatus.CANCELLED
 
@@ -164,13 +166,12 @@ class Batch:
         if self._sent is not None:
             self._sent.update([(job.id, job) for job in jobs])
 
-    def go_on(self, job_ids: Sequence[str]) -> None:
+    def go_on(self, jobs: Sequence[Job]) -> None:
         """Say that the worker is at these jobs of :meth:`take_more` now, being through with those before."""
-        jobs = [job for job_id in job_ids if (job := (self._sent or {}).get(job_id)) is not None]
-        self.created = self.last_end
+        self.created = now = self.last_end
         for job in jobs:
-            if job._status is JobStatus.READY:
-                job._started, job._status = self.last_end, _RUNNING
+            if job._status is _READY:
+                job._started, job._status = now, _RUNNING
         self.current = jobs[0] if len(jobs) == 1 else None
 
     def refuse(self, jobs: Sequence[Job]) -> None:
@@ -211,41 +212,66 @@ class Batch:
         if self.current is job:
             self.current = None
 
+    def finish_all(
+        self, jobs: Sequence[Job], outcomes: Sequence[Outcome], starts: Sequence[float], ends: Sequence[float]
+    ) -> None:
+        """Hand in the outcomes of several jobs, in their order; as :meth:`finish_sent` for each."""
+        sent = self._sent
+        if sent is None or not jobs:
+            return
+        late = []
+        for job, started in zip(jobs, starts, strict=True):
+            if sent.pop(job.id, None) is None:
+                late.append(job)  # it was given up
+            else:
+                job._started = started
+        ended = zip(jobs, outcomes, ends, strict=True)
+        self._finished += [one for one in ended if one[0] not in late] if late else ended
+        self.last_end = ends[-1]
+        self.shortest_s = min(self.shortest_s, *map(operator.sub, ends, starts))
+        if self.current is not None and self.current.id not in sent:
+            self.current = None
+
     def seconds_left(self) -> float:
         """Say for how long the worker will have other jobs of :meth:`take_all` than the one that it is at, at least."""
         return self.pace_s * (self.stock - 1)
+
+    def find(self, job_id: str) -> Job | None:
+        """Give the job of :meth:`take_all` that has this id, unless it is finished."""
+        return (self._sent or {}).get(job_id)
 
     @property
     def stock(self) -> int:
         """How many jobs of :meth:`take_all` and :meth:`take_more` are not finished."""
         return len(self._sent or ())
 
-    def give_back(self, job_ids: list[str], current: str, started: float) -> None:
+    def give_back(self, jobs: Sequence[Job], current: Job | None, started: float | None) -> None:
         """Say which jobs of :meth:`take_all` the worker has not started, and which one keeps it busy since when."""
         self.was_cut = True
-        self._return(job_ids)
-        self.current = (self._sent or {}).get(current)
-        if self.current is not None:
-            self.current._started = started
+        self._return(jobs)
+        self.current = None
+        if current is not None and current.id in (self._sent or ()):
+            self.current = current
+            current._started = started
 
-    def leave_out(self, job_ids: list[str]) -> None:
+    def leave_out(self, jobs: Sequence[Job]) -> None:
         """Say which jobs of :meth:`take_all` were never started, as the others had taken long enough.
 
         Unlike :meth:`give_back`, what the batch took is then the time of those that it ran.
         """
-        self._size -= self._return(job_ids)
+        self._size -= self._return(jobs)
         if not self._size:
             self.was_cut = True
 
-    def return_ahead(self, job_ids: Sequence[str]) -> None:
+    def return_ahead(self, jobs: Sequence[Job]) -> None:
         """Say which jobs of :meth:`take_more` were taken back from the worker, which has not begun them."""
-        self._size -= self._return(job_ids)
+        self._size -= self._return(jobs)
 
-    def _return(self, job_ids: Sequence[str]) -> int:
+    def _return(self, jobs: Sequence[Job]) -> int:
         sent = self._sent or {}
-        jobs = [sent.pop(job_id) for job_id in job_ids if job_id in sent]
+        jobs = [job for job in jobs if sent.pop(job.id, None) is not None]
         for job in jobs:
-            job._started, job._status = None, JobStatus.READY
+            job._started, job._status = None, _READY
             if job is self.current:  # it was thought to have begun, as the one before it had ended
                 self.current = None
         self._returned = [*(self._returned or ()), *jobs]

@@ -443,12 +443,12 @@ class RemoteSlot(ExecutorSlot):
         shift = 0.0 if is_same_clock else now - report.done[-1].finished
         for done in report.done:
             await self._hand_in(batch, done, shift)
-        batch.leave_out(report.left)
+        batch.leave_out([job for job_id in report.left if (job := batch.find(job_id)) is not None])
         # How long the trip takes says nothing about the jobs; a long one is the more reason to send several at once.
         batch.created = self._spec.clock() - sum(done.finished - done.started for done in report.done)
 
     async def _hand_in(self, batch: Batch, done: Done, shift: float) -> None:
-        job = next((job for job in batch.in_hand if job.id == done.job_id), None)
+        job = batch.find(done.job_id)
         if job is None:
             return
         if is_large(done.value):

@@ -138,7 +138,9 @@ def _unpack_frame_slowly(data: memoryview) -> tuple[Any, ...]:
     frame: tuple[Any, ...] = loads_in_pieces(data)
     if frame[0] != "done":
         return frame
-    return ("done", [(*fields, None, outcome_of_worker(error, value)) for *fields, error, value in frame[1]])
+    *fields, errors, values = frame
+    outcomes = [outcome_of_worker(errors.get(place), value) for place, value in enumerate(values)]
+    return (*fields, {}, outcomes)
 
 
 def outcome_of_worker(error: tuple[Any, ...] | None, value: Any) -> Outcome:

@@ -6,8 +6,9 @@ import contextlib
 import errno
 import os
 import pickle
+import struct
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
@@ -19,7 +20,7 @@ from paraval.backends.storage_call import StorageCall
 from paraval.job import Job, JobStatus
 from paraval.loops import call_in_thread
 from paraval.memory import WatchedProcess
-from paraval.outcome import JobError, Outcome, returned
+from paraval.outcome import JobError, Outcome, all_returned
 from paraval.worker.main import Sealed
 from paraval.worker.pickling import PicklingFailed, PiecewisePickler
 
@@ -47,10 +48,10 @@ _WRAPPED: Final = frozenset({Sealed, Outcome})
 
 
 class _Load(NamedTuple):
-    """The jobs of one message."""
+    """The jobs of one message, in their order."""
 
     number: int
-    job_ids: list[str]
+    jobs: Sequence[Job]
 
 
 class ProcessSlot(Slot):
@@ -62,8 +63,8 @@ class ProcessSlot(Slot):
         self._packer = Packer()
         self._process: WorkerProcess | None = None
         self._call: StorageCall | None = None
-        # What the worker has: the jobs, and their ids message by message. The first message is what it is at, though it
-        # may not have taken that from its tray yet.
+        # What the worker has: the jobs by their ids, and message by message. The first message is what it is at, though
+        # it may not have taken that from its tray yet.
         self._sent: dict[str, Job] = {}
         self._loads: deque[_Load] = deque()
         self._has_begun = False
@@ -130,7 +131,7 @@ class ProcessSlot(Slot):
         process.output()  # what was printed between jobs belongs to none
         try:
             if sent:
-                self._loads.append(_Load(number, list(sent)))
+                self._loads.append(_Load(number, list(sent.values())))
                 self._bytes_per_job = len(frame) // len(sent)
                 await process.send_jobs(frame)
                 del frame  # which may be large, and this may take long
@@ -232,45 +233,67 @@ class ProcessSlot(Slot):
         if not process.put_ahead(frame):
             return False
         batch.take_more(jobs)
-        self._loads.append(_Load(number, [job.id for job in jobs]))
+        self._loads.append(_Load(number, jobs))
         return True
 
     def take_back(self, batch: Batch) -> bool:
         if self._process is not None and (numbers := self._process.take_back()):
-            batch.return_ahead([job_id for load in self._loads if load.number in numbers for job_id in load.job_ids])
+            batch.return_ahead([job for load in self._loads if load.number in numbers for job in load.jobs])
             self._loads = deque(load for load in self._loads if load.number not in numbers)
         # Where the worker has taken more than the first, it has reported the jobs of that before.
         return len(self._loads) <= 1
 
     def _take_done(
-        self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], done: list[tuple[str, float, float, Any, Any]]
+        self,
+        process: WorkerProcess,
+        batch: Batch,
+        number: int,
+        at: int,
+        times: bytes,
+        errors: dict[int, tuple[Any, ...]],
+        values: list[Any],
     ) -> None:
-        finish, is_captured = batch.finish_sent, self._backend.is_captured
-        for job_id, started, finished, error, value in done:
-            job = sent.get(job_id)
-            if job is not None:
-                if is_captured:
-                    self._attach_output(process, (job,))
-                is_plain_result = error is None and type(value) not in _WRAPPED
-                outcome = returned(value) if is_plain_result else outcome_of_worker(error, value)
-                finish(job, outcome, started, finished)
-        process.jobs_done += len(done)
+        count = len(values)
+        process.jobs_done += count
         self._wants_more = True
-        self._go_on(batch, sent)
+        load = self._load(number)
+        if load is None:  # its jobs were all settled meanwhile
+            return
+        jobs = load.jobs[at : at + count]
+        if self._backend.is_captured:
+            self._attach_output(process, jobs)
+        if not errors and _WRAPPED.isdisjoint(map(type, values)):
+            outcomes = all_returned(values)
+        else:
+            outcomes = [outcome_of_worker(errors.get(place), value) for place, value in enumerate(values)]
+        both = struct.unpack(f"{2 * count}d", times)
+        batch.finish_all(jobs, outcomes, both[:count], both[count:])
+        self._go_on(batch)
 
-    def _go_on(self, batch: Batch, sent: dict[str, Job]) -> None:
+    def _load(self, number: int) -> _Load | None:
+        return next((load for load in self._loads if load.number == number), None)
+
+    def _go_on(self, batch: Batch) -> None:
         """Where the first load is through, the worker is at the next one."""
         loads = self._loads
         before = len(loads)
-        while loads and loads[0].job_ids[-1] not in sent:
+        while loads and loads[0].jobs[-1].id not in self._sent:
             loads.popleft()
         if loads and len(loads) < before:
-            batch.go_on(loads[0].job_ids)
+            batch.go_on(loads[0].jobs)
 
-    def _forget_loads(self, job_ids: Container[str]) -> None:
-        """These jobs were given back: the same worker may be sent them once more."""
-        loads = [load._replace(job_ids=[it for it in load.job_ids if it not in job_ids]) for load in self._loads]
-        self._loads = deque(load for load in loads if load.job_ids)
+    def _take_over(self, batch: Batch, number: int, at: int, started: float | None) -> None:
+        """Take what the worker gives back: the jobs of a message from this place on."""
+        load = self._load(number)
+        if load is None or self._sent.keys().isdisjoint([job.id for job in load.jobs]):  # it is late: all were settled
+            return
+        begun, others = load.jobs[:at], load.jobs[at:]
+        batch.give_back(others, begun[-1] if begun and started is not None else None, started)
+        loads = [load._replace(jobs=begun) if load.number == number else load for load in self._loads]
+        self._loads = deque(load for load in loads if load.jobs)
+        self._go_on(batch)  # it may have been through with that one when it said this
+        self.take_back(batch)
+        self._wants_more = False
 
     def _settle_excess(
         self, memory: WatchedProcess, batch: Batch, sent: dict[str, Job], count: int, error: JobError
@@ -362,15 +385,9 @@ class ProcessSlot(Slot):
     def _take(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: Frame) -> None:
         match frame[0]:
             case "done":
-                self._take_done(process, batch, sent, frame[1])
+                self._take_done(process, batch, *frame[1:])
             case "back":
-                job_ids, current, started = frame[1:]
-                if current in sent or not sent.keys().isdisjoint(job_ids):  # else it is late, and means jobs before
-                    batch.give_back(job_ids, current, started)
-                    self._forget_loads(set(job_ids))
-                    self._go_on(batch, sent)  # it may have been through with that one when it said this
-                    self.take_back(batch)
-                    self._wants_more = False
+                self._take_over(batch, *frame[1:])
             case "begun":
                 self._has_begun = self._wants_more = True
             case "idle":

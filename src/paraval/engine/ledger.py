@@ -217,22 +217,21 @@ class Ledger:
     def _count(self, jobs: Sequence[Job]) -> None:
         self.settled += len(jobs)
         failed = cancelled = 0
+        busy_s = 0.0
+        finished: float | None = None
         for job in jobs:
             started, finished = job._started, job._finished
             if started is None:
                 self.pending -= 1  # it was never given to a worker
             elif finished is not None:
-                self.busy_s += finished - started
-            self.last_end = finished
+                busy_s += finished - started
             if job._status is _CANCELLED:
                 cancelled += 1
-                continue
-            try:
-                has_failed = job.failed
-            except Exception:  # noqa: BLE001 - a subclass's is user code, and the counts must stay right
-                has_failed = True
-            if has_failed:
+            elif job.error is not None if type(job) is Job else _has_failed(job):
                 failed += 1
+        if jobs:
+            self.last_end = finished
+        self.busy_s += busy_s
         self.failed += failed
         self.cancelled += cancelled
         self.done += len(jobs) - failed - cancelled
@@ -385,6 +384,13 @@ class Ledger:
     def _refuse_if_failed(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+
+def _has_failed(job: Job) -> bool:
+    try:
+        return job.failed
+    except Exception:  # noqa: BLE001 - a subclass's is user code, and the counts must stay right
+        return True
 
 
 def _wake(waiters: Sequence[_Waiter]) -> None:

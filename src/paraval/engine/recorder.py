@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
@@ -80,14 +81,14 @@ class Recorder:
 
     def record(self, jobs: list[Job]) -> None:
         """Store the end of jobs, and hand them over."""
-        owner, changes = self._owner, []
-        for job in jobs:
-            try:
-                out = job.stored_output
-            except Exception:  # noqa: BLE001 - a subclass's is user code; the job has failed by that already
-                out = None
-            status = job._status._value_  # without the detour over Enum.value
-            changes.append(JobChange(job.id, status=status, out=out, error=job.error, metadata=job.metadata, by=owner))
+        owner = self._owner
+        changes = [
+            # Enum.value would be a detour.
+            JobChange(
+                job.id, status=job._status._value_, out=_out(job), error=job.error, metadata=job.metadata, by=owner
+            )
+            for job in jobs
+        ]
         if self._writer is not None:
             self._writer.put(changes, functools.partial(self._written, jobs))
             return
@@ -160,6 +161,15 @@ class Recorder:
         error = StorageError(f"the storage failed, so no result can be acknowledged: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
         self._ledger.fail(error)
+
+
+def _out(job: Job) -> Any:
+    if type(job) is Job:  # asking it would be a detour, too
+        return job.output
+    try:
+        return job.stored_output
+    except Exception:  # noqa: BLE001 - a subclass's is user code; the job has failed by that already
+        return None
 
 
 def _give_up(job: Job, record: JobRecord) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -15,14 +16,21 @@ from paraval.storage.records import JobChange, JobRecord, adopt
 __all__ = ["MemoryStorage"]
 
 
+_MANY: Final = 1024
+
+
 class _Search:
-    """One search. ``records`` is ordered by last change: a changed record moves to the end.
+    """One search.
 
     ``notes`` is metadata that others than the job's evaluator have stored. They are kept apart, as the dict in the
     record is the job's own.
+
+    Which records have changed since when is known from a log of them, in two parts: ``_recent``, where each place is
+    one revision, and ``_settled``, where each record is there once, with the revisions beside it. When the first has
+    grown long it is merged into the second.
     """
 
-    __slots__ = ("next_number", "notes", "records", "revision", "values")
+    __slots__ = ("_recent", "_settled", "_settled_at", "next_number", "notes", "records", "revision", "values")
 
     def __init__(self) -> None:
         self.next_number = 0
@@ -30,6 +38,26 @@ class _Search:
         self.records: dict[str, JobRecord] = {}
         self.notes: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Any] = {}
+        self._settled: list[JobRecord] = []
+        self._settled_at: list[int] = []
+        self._recent: list[JobRecord] = []
+
+    def apply(self, changes: Sequence[JobChange], records: Sequence[JobRecord]) -> None:
+        """Apply each change to its record, but for those that another owner wants."""
+        revision, notes, changed = self.revision, self.notes, []
+        for change, record in zip(changes, records, strict=True):
+            by = change.by
+            if by is not None and by != record.owner:
+                continue
+            metadata = change.metadata
+            if metadata is None or (metadata is record.metadata and not notes):  # nearly always
+                change.apply_to(record)
+            else:
+                self.note(metadata, change, record)
+            revision += 1
+            record.revision = revision
+            changed.append(record)
+        self.log(changed)
 
     def note(self, metadata: dict[str, Any], change: JobChange, record: JobRecord) -> None:
         """Apply a change that has metadata."""
@@ -51,11 +79,23 @@ class _Search:
             copied.budgets, copied.objectives = list(record.budgets), list(record.objectives)
         return copied
 
-    def touch(self, record: JobRecord) -> None:
-        """Note that a record has changed."""
-        self.revision = record.revision = self.revision + 1
-        del self.records[record.id]
-        self.records[record.id] = record
+    def log(self, changed: Sequence[JobRecord]) -> None:
+        """Note that records have changed, the next revisions being theirs."""
+        self.revision += len(changed)
+        self._recent += changed
+        if len(self._recent) > 4 * len(self.records) + _MANY:  # so that merging costs little for each change
+            self._settled = self.changed_since(0)
+            self._settled_at = [record.revision for record in self._settled]
+            self._recent = []
+
+    def changed_since(self, revision: int) -> list[JobRecord]:
+        """Give the records that have changed after a revision, in the order of their last changes."""
+        before = self.revision - len(self._recent)
+        log = self._recent[max(0, revision - before) :]
+        if revision < before:
+            log = self._settled[bisect.bisect_right(self._settled_at, revision) :] + log
+        last = {record.id: record for record in reversed(log)}
+        return list(last.values())[::-1]
 
 
 class MemoryStorage(Storage):
@@ -99,29 +139,22 @@ class MemoryStorage(Storage):
                 record.id, record.revision = f"{search_id}.{number}", revision
                 number += 1
                 kept[record.id] = record
-            search.next_number, search.revision = number, revision
+            search.next_number = number
+            search.log(records)
 
     def update(self, changes: Sequence[JobChange]) -> None:
+        if not changes:
+            return
         with self._lock:
-            search, found = None, []
-            for change in changes:
-                record = None if search is None else search.records.get(change.id)  # most are of the one before's
-                if search is None or record is None:
-                    search, record = self._find(change.id)
-                found.append((search, record, change))
-            for search, record, change in found:
-                by = change.by
-                if by is not None and by != record.owner:
-                    continue
-                metadata = change.metadata
-                if metadata is None or (metadata is record.metadata and not search.notes):  # nearly always
-                    change.apply_to(record)
-                else:
-                    search.note(metadata, change, record)
-                search.revision = record.revision = search.revision + 1  # as touch() does, for each job twice
-                records = search.records
-                del records[record.id]
-                records[record.id] = record
+            search = self._search_of(changes[0].id)
+            known = search.records
+            records = [known.get(change.id) for change in changes]
+            if all(records):  # all of one search, as nearly always
+                search.apply(changes, cast("list[JobRecord]", records))
+                return
+            found = [self._find(change.id) for change in changes]
+            for change, (search, record) in zip(changes, found, strict=True):
+                search.apply((change,), (record,))
 
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
         with self._lock:
@@ -130,13 +163,7 @@ class MemoryStorage(Storage):
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
         with self._lock:
             search = self._search(search_id)
-            changed = []
-            for record in reversed(search.records.values()):
-                if record.revision <= since:
-                    break
-                changed.append(search.copy(record))
-            changed.reverse()
-            return changed, search.revision
+            return [search.copy(record) for record in search.changed_since(since)], search.revision
 
     def renew(self, owner: str, seconds: float) -> None:
         with self._lock:
@@ -154,7 +181,8 @@ class MemoryStorage(Storage):
             adopted = [(search, record) for search, record, revision in found if record.revision == revision]
             for search, record in adopted:
                 adopt(record, owner)
-                search.touch(record)
+                record.revision = search.revision + 1
+                search.log((record,))
             return {record.id for _, record in adopted}
 
     def put_value(self, search_id: str, key: str, value: Any) -> None:

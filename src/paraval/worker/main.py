@@ -4,13 +4,16 @@ The frames are a length (8 bytes) and a pickled tuple, whose first item says wha
 
 ======== ================================= ==========================================================================
 parent   ``("setup", Setup)``              once, first
-         ``("jobs", n, [(id, args), …],    the n-th message with jobs, to run in this order; after how many seconds what
-         seconds, more)``                  was not begun is to be sent back; whether more may lie on the tray then
+         ``("jobs", n, [(id, args), …],    message n: jobs, to run in this order; after how many seconds what was not
+         seconds, more)``                  begun is to be sent back; whether more may lie on the tray then
          ``("look",)``                     there is
          ``("reply", error, value)``       to a call; both sealed
 child    ``("ready", bytes)``               the setup is done; the memory held then, where it is limited
-         ``("done", [(id, started, finished, error, value), …])``
-         ``("back", [id, …], id, started)`` never started, send them elsewhere; and the one that keeps the worker busy
+         ``("done", n, at, times,          what became of jobs of message n, of those from place ``at`` on: when they
+         errors, values)``                 began, then when they ended (doubles); the errors, by their place among
+                                           these; what they returned
+         ``("back", n, at, started)``      those of message n from ``at`` on were never begun, send them elsewhere;
+                                           since when the one before them keeps the worker busy, or None
          ``("begun", n)``                  it has this message from the socket, and will look at the tray next
          ``("lost",)``                     a job has closed the tray
          ``("idle", n)``                   it waits, having seen messages up to this one; more may lie on the tray now
@@ -34,6 +37,7 @@ import math
 import os
 import pickle
 import signal
+import struct
 import sys
 
 # The one in signal looks for an enum, which takes twenty times as long; typeshed leaves the C module out.
@@ -43,7 +47,7 @@ from time import monotonic  # by its name, as a job may put another in its place
 from typing import Any, Final, NamedTuple, NoReturn
 
 from paraval.errors import UsageError
-from paraval.job import Job, JobContext, JobStatus
+from paraval.job import JobContext, JobStatus, LiveJob, running_job
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.output import flush_output, unbuffer_output
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
@@ -168,8 +172,12 @@ class Worker:
         # Under _state: what the guard and the main thread share.
         self._state = _thread.allocate_lock()
         self._todo: deque[tuple[str, Any]] = deque()
-        self._unsent: list[tuple[str, float, float, tuple[Any, ...] | None, Any]] = []
-        self._current: tuple[str, float] | None = None
+        self._told = 0  # of how many jobs of the message the outcomes were sent
+        # Of those that were begun after them. While a job runs, there is a start more than there are ends.
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        self._errors: dict[int, tuple[Any, ...]] = {}
+        self._values: list[Any] = []
         self._batches = 0
         self._due = 0.0
         self._guard_wanted = _thread.allocate_lock()
@@ -177,7 +185,9 @@ class Worker:
         self._guard_looks = math.inf
         self._guard_runs = False
         self._is_asked_to_stop = False
-        self._live: Job | None = None
+        self._live: LiveJob | None = None
+        self._client = self._storage_client
+        self._has_client = False
         self._runner: Any = None
         self._on_sigterm = self.ask_to_stop  # one object, to be known again
 
@@ -281,31 +291,50 @@ class Worker:
         return pickle.loads(message[HEAD:]) if message else None  # noqa: S301 - from our own parent
 
     def _run_batch(self, jobs: list[tuple[str, Any]], hold_s: float) -> None:
-        with self._state:
-            self._todo.extend(jobs)
+        state, todo, starts, ends, values, origin = (
+            self._state,
+            self._todo,
+            self._starts,
+            self._ends,
+            self._values,
+            self._origin,
+        )
+        with state:
+            todo.extend(jobs)
+            self._told = 0
             self._batches += 1
-            self._due = monotonic() + hold_s
+            self._due = (now := monotonic()) + hold_s
         self._is_asked_to_stop = len(jobs) > 1 and not self._wake_guard()  # as nobody could give them back later
-        while True:
-            with self._state:
-                if not self._todo:
-                    self._current = None
-                    break
-                job_id, args = self._todo.popleft()
-                started = monotonic() - self._origin
-                self._current = (job_id, started)
-            error, value = self._run(job_id, args)
-            finished = monotonic() - self._origin
-            with self._state:
-                self._current = None
-                self._unsent.append((job_id, started, finished, error, value))
-                late = finished - self._unsent[0][2] > _HOLD_S
-            if late:
+        report_at = now - origin + _HOLD_S
+        job = self._begin_next()
+        while job is not None:
+            error, value = self._run(*job)
+            # With one look at the clock and one turn with the lock, the next job begins where this one ends.
+            with state:
+                ended = monotonic() - origin
+                if error is not None:
+                    self._errors[len(ends)] = error
+                ends.append(ended)
+                values.append(value)
+                if todo and ended < report_at and not self._is_asked_to_stop:
+                    job = todo.popleft()
+                    starts.append(ended)
+                    continue
+            if ended >= report_at:
+                report_at = ended + _HOLD_S
                 self._report()
             if self._is_asked_to_stop:  # what it has not begun it shall not
                 self._give_back()
+            job = self._begin_next()
         flush_output()
         self._report()
+
+    def _begin_next(self) -> tuple[str, Any] | None:
+        with self._state:
+            if not self._todo:
+                return None
+            self._starts.append(monotonic() - self._origin)
+            return self._todo.popleft()
 
     def _run(self, job_id: str, args: Any) -> tuple[tuple[Any, ...] | None, Any]:
         """Run one job; give its error (as a tuple) and its value."""
@@ -314,14 +343,10 @@ class Worker:
                 args = pickle.loads(args.data)  # noqa: S301 - from our own parent
             if _handler_of(signal.SIGTERM) is not self._on_sigterm:  # an earlier job, or the set-up, has changed it
                 self.handle_sigterm()
-            job = Job(job_id, args, self._function)
-            job.context = self._context
-            job.storage = self._storage_client  # type: ignore[assignment] # made when the run-function asks for it
-            job._status = JobStatus.RUNNING
-            self._live = job
-            value = self._function(job.create_running_job(self._stopper), **self._kwargs)
+            self._live = live = LiveJob(self._context)
+            value = self._function(running_job(live, job_id, args, self._client, self._stopper), **self._kwargs)
             if self._is_async:
-                value = self._complete(value, job)
+                value = self._complete(value, live)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             if os.getpid() != self._pid:
                 exit_fork(exc)
@@ -342,18 +367,21 @@ class Worker:
             error = JobError("exception", str(exc), type="PicklingError")
             return (*error, False), None
 
-    def _complete(self, coroutine: Any, job: Job) -> Any:
-        return self._runner.run(coroutine, lambda: job._status is JobStatus.CANCELLING)
+    def _complete(self, coroutine: Any, live: LiveJob) -> Any:
+        return self._runner.run(coroutine, lambda: live._status is JobStatus.CANCELLING)
 
     def _storage_client(self) -> Any:
         from paraval.storage.pipe import PipeStorage  # here: most jobs never ask for their storage
 
+        self._has_client = True
         return PipeStorage(self.call)
 
     def _end_calls(self) -> None:
         """The job is over; a call that a thread of it is in the middle of has its reply first."""
-        with self._calling:
-            self._live = None
+        self._live = None
+        if self._has_client:  # looked at after that: whoever gets a client from now on finds that the job is over
+            with self._calling:
+                pass
 
     # -- the guard -----------------------------------------------------------------------------------------------------
 
@@ -375,11 +403,12 @@ class Worker:
     def _give_back(self) -> None:
         """Send back what was not begun."""
         with self._state:
-            back = [job_id for job_id, _ in self._todo]
+            at = self._told + len(self._starts)
+            is_all = not self._todo
             self._todo.clear()
-        if back:
+        if not is_all:
             self._report()
-            self._send(("back", back, "", 0.0))
+            self._send(("back", self._seen, at, None))
 
     def _guard(self) -> None:
         """While batches come: see to it that none keeps its finished or its waiting jobs for long.
@@ -395,19 +424,20 @@ class Worker:
                 self._guard_wanted.acquire()
             with self._state:
                 self._guard_wanted.acquire(blocking=False)  # in case that it was released after the time had run out
-                stuck = self._current is not None and monotonic() >= self._due
+                runs = len(self._starts) > len(self._ends)
+                stuck = runs and monotonic() >= self._due
                 seen = self._batches
-                back, current = [], self._current
+                back: tuple[Any, ...] = ()
                 if stuck:
-                    back = [job_id for job_id, _ in self._todo]
+                    back = ("back", self._seen, self._told + len(self._starts), self._starts[-1])
                     self._todo.clear()
                 # Decided here, under the lock, so that a batch that begins now finds it asleep, and wakes it.
-                is_idle = stuck or (not self._todo and self._current is None)
+                is_idle = stuck or (not self._todo and not runs)
                 looks = self._guard_looks = math.inf if is_idle else self._due
-            if stuck and current is not None and told != seen:
+            if back and told != seen:
                 told = seen
                 self._report()
-                self._send(("back", back, *current))
+                self._send(back)
 
     # -- the socket ----------------------------------------------------------------------------------------------------
 
@@ -434,9 +464,15 @@ class Worker:
 
     def _report(self) -> None:
         with self._state:
-            unsent, self._unsent = self._unsent, []
-            if unsent:
-                self._send(("done", unsent))  # under the lock: outcomes must not overtake a "back"
+            count = len(self._ends)
+            if count:
+                times = struct.pack(f"{2 * count}d", *self._starts[:count], *self._ends)
+                at, self._told = self._told, self._told + count
+                # Under the lock: outcomes must not overtake a "back".
+                self._send(("done", self._seen, at, times, self._errors, self._values))
+                del self._starts[:count]
+                for told in (self._ends, self._errors, self._values):
+                    told.clear()
 
     def _send(self, frame: tuple[Any, ...]) -> None:
         data = pickle.dumps(frame, 5)

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from paraval.job import Job, JobContext, JobStatus
+from paraval.job import JobContext, JobStatus, LiveJob, running_job
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.board import Address, BoardOfWorker
 from paraval.worker.main import Sealed, exit_fork, is_one_of, main
@@ -189,21 +189,20 @@ def _open(address: Address) -> BoardOfWorker | None:
         return None
 
 
-class _LiveJob(Job):
+class _LiveJob(LiveJob):
     """A job whose status is what the board says."""
 
-    __slots__ = ("board", "place")
+    __slots__ = ("_board", "_place")
 
-    board: BoardOfWorker | None
-    place: int
+    def __init__(self, context: JobContext, board: BoardOfWorker | None, place: int) -> None:
+        self.context = context
+        self._board = board
+        self._place = place
 
     @property
-    def _status(self) -> JobStatus:
-        return JobStatus.CANCELLING if self.board is not None and self.board.stops(self.place) else JobStatus.RUNNING
-
-    @_status.setter
-    def _status(self, status: JobStatus) -> None:
-        """Take no notice: the driver knows."""
+    def _status(self) -> JobStatus:  # type: ignore[override] # nobody but the driver sets it
+        stops = self._board is not None and self._board.stops(self._place)
+        return JobStatus.CANCELLING if stops else JobStatus.RUNNING
 
 
 class _StorageOfJob:
@@ -268,15 +267,12 @@ class _Call:
         try:
             if type(args) is Sealed:
                 args = pickle.loads(args.data)  # noqa: S301 - from our own driver
-            job = _LiveJob(job_id, args, loaded.function)
-            job.board, job.place = self._board, place
-            job.context = loaded.context
+            live = _LiveJob(loaded.context, self._board, place)
             # The board tells that this is the driver's machine, where a store is what it is there.
             storage = _StorageOfJob(job_id, args, None if self._board is None else loaded)
-            job.storage = storage  # type: ignore[assignment] # called when the run-function asks for it
-            value = loaded.function(job.create_running_job(loaded.stopper), **loaded.kwargs)
+            value = loaded.function(running_job(live, job_id, dict(args), storage, loaded.stopper), **loaded.kwargs)
             if loaded.is_async:
-                value = self._complete(value, job)
+                value = self._complete(value, live)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             if os.getpid() != pid:
                 exit_fork(exc)
@@ -294,7 +290,7 @@ class _Call:
             value = None
         return Done(job_id, started, finished, error, value, notes)
 
-    def _complete(self, coroutine: Any, job: _LiveJob) -> Any:
+    def _complete(self, coroutine: Any, live: _LiveJob) -> Any:
         """Run a coroutine to its end; cancel it when the driver asks to stop."""
         import asyncio  # here: most workers never need it
 
@@ -304,7 +300,7 @@ class _Call:
             self._runner = CoroutineRunner()
 
         async def watched() -> Any:
-            watch = asyncio.ensure_future(_cancel_when_asked(job, asyncio.current_task()))
+            watch = asyncio.ensure_future(_cancel_when_asked(live, asyncio.current_task()))
             try:
                 return await coroutine
             finally:
@@ -313,10 +309,10 @@ class _Call:
         return self._runner.run(watched(), lambda: False)
 
 
-async def _cancel_when_asked(job: _LiveJob, task: Any) -> None:
+async def _cancel_when_asked(live: _LiveJob, task: Any) -> None:
     import asyncio  # as above
 
-    while job._status is not JobStatus.CANCELLING:  # noqa: ASYNC110 - another process says so, and sets no event
+    while live._status is not JobStatus.CANCELLING:  # noqa: ASYNC110 - another process says so, and sets no event
         await asyncio.sleep(0.05)
     task.cancel()
 

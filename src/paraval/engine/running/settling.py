@@ -68,7 +68,7 @@ class Settling:
         told: list[tuple[Job, Outcome]] = []
         open_, holders, reasons, attempts, limit = self.open, self.holders, self.reasons, self._attempts, self._limit
         for job, reported, finished in ended:
-            job_id, error = job.id, reported.error
+            job_id, error = job.id, reported[1]
             if error is not None and reported.may_retry and self._has_another(job, error):
                 continue
             if open_.pop(job_id, None) is None:

@@ -70,9 +70,11 @@ class JobContext:
             called from where the jobs run.
         memory_limit: in a worker process that runs one job at a time: the bytes at which its parent kills it, infinity
             for never. None where a job has no process of its own.
+        function_name: of the run-function, in the storage.
+        owner: whose the jobs are there.
     """
 
-    __slots__ = ("kill_grace", "memory_limit", "origin", "record", "search")
+    __slots__ = ("function_name", "kill_grace", "memory_limit", "origin", "owner", "record", "search")
 
     def __init__(
         self,
@@ -81,8 +83,12 @@ class JobContext:
         origin: float = 0.0,
         kill_grace: float = 1.0,
         memory_limit: float | None = None,
+        function_name: str | None = None,
+        owner: str | None = None,
     ) -> None:
         self.search = search
+        self.function_name = function_name
+        self.owner = owner
         self.origin = origin
         self.kill_grace = kill_grace
         self.memory_limit = memory_limit
@@ -115,6 +121,7 @@ class Job:
         "__weakref__",
         "_finished",
         "_gathered",
+        "_revision",
         "_started",
         "_status",
         "_submitted",
@@ -134,6 +141,8 @@ class Job:
     _is_adopted: bool = False
     """Whether a driver that is gone has left it."""
     reused: str | None = None
+    _revision: int
+    """Set by a storage that keeps jobs: of the search, when that was last told of the job."""
 
     def __init__(
         self,

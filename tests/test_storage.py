@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
-from collections.abc import Iterator
+import random
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -672,3 +674,108 @@ async def test_jobs_of_another_are_seen_on_a_loop(storage: MemoryStorage) -> Non
         assert outputs(await second.gather_async("ALL")) == [0.0, 2.0]
         assert outputs(await first.gather_other_jobs_done_async()) == [0.0, 2.0]
         assert await first.gather_other_jobs_done_async() == []
+
+
+# -- jobs that are their own records -----------------------------------------------------------------------------------
+
+
+def test_jobs_are_their_own_records_until_somebody_stores_something_of_them() -> None:
+    storage = MemoryStorage()
+    with make("thread", double, storage=storage) as evaluator:
+        evaluator.submit(configurations(3))
+        first, second, third = sorted(evaluator.gather("ALL"), key=lambda job: job.id)
+        seen, revision = storage.scan(evaluator.search_id)
+        assert sorted(record.out for record in seen) == [0, 2, 4]
+        assert len({record.revision for record in seen}) == 3
+        assert storage.scan(evaluator.search_id, revision) == ([], revision)
+        storage.store_job_metadata(second.id, "noted", 1)
+        (changed,) = storage.scan(evaluator.search_id, revision)[0]
+        assert (changed.id, changed.out, changed.revision) == (second.id, 2, revision + 1)
+        assert changed.metadata == {**second.metadata, "noted": 1}
+    entries = storage._searches[evaluator.search_id].entries
+    assert (entries[first.id], type(entries[second.id]), entries[third.id]) == (first, JobRecord, third)
+
+
+def test_the_storage_keeps_no_private_job_and_none_of_a_class_of_the_users() -> None:
+    class Other(Job):
+        pass
+
+    for job_class, private in ((Job, True), (Other, False), (Other, True)):
+        storage = MemoryStorage()
+        with make("thread", double, storage=storage, job_class=job_class) as evaluator:
+            if private:
+                evaluator.evaluate({"x": 1})
+            else:
+                evaluator.submit(configurations(1))
+                evaluator.gather("ALL")
+        (entry,) = storage._searches[evaluator.search_id].entries.values()
+        assert isinstance(entry, JobRecord)
+
+
+def test_a_storage_that_is_derived_sees_every_insert_and_update() -> None:
+    class Counting(MemoryStorage):
+        inserted = updated = 0
+
+        def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
+            self.inserted += len(records)
+            super().insert(search_id, records)
+
+        def update(self, changes: Sequence[JobChange]) -> None:
+            self.updated += len(changes)
+            super().update(changes)
+
+    storage = Counting()
+    with make("thread", double, storage=storage) as evaluator:
+        evaluator.submit(configurations(5))
+        evaluator.gather("ALL")
+    assert storage.inserted == 5
+    assert storage.updated >= 5
+
+
+def test_the_end_of_a_job_that_was_adopted_is_its_new_owners_to_store() -> None:
+    storage, release = MemoryStorage(), threading.Event()
+
+    def function(job: RunningJob) -> float:
+        assert release.wait(30)
+        return 1.0
+
+    with make("thread", function, storage=storage) as evaluator:
+        evaluator.submit(configurations(1))
+        (job,) = evaluator.jobs
+        until(lambda: storage.get([job.id])[0].status == JobStatus.RUNNING.value)
+        (record,) = storage.get([job.id])
+        assert storage.adopt({job.id: record.revision}, "another") == {job.id}
+        release.set()
+        evaluator.gather("ALL")
+        (record,) = storage.get([job.id])
+    assert (record.owner, record.status, record.out, record.attempts) == ("another", 0, None, 1)
+
+
+def test_a_change_that_cannot_be_applied_hides_none_before_it(storage: MemoryStorage, search_id: str) -> None:
+    records = [JobRecord(metadata={}) for _ in range(2)]
+    storage.insert(search_id, records)
+    first, second = (record.id for record in records)
+    bad: Any = [1]
+    with pytest.raises((TypeError, ValueError)):
+        storage.update([JobChange(first, out=1), JobChange(second, metadata=bad)])
+    assert [(record.id, record.revision) for record in storage.scan(search_id, 2)[0]] == [(first, 3)]
+    storage.update([JobChange(second, out=2)])
+    assert [(record.id, record.revision) for record in storage.scan(search_id, 2)[0]] == [(first, 3), (second, 4)]
+
+
+def test_what_changed_is_told_in_order_however_long_the_log_was(storage: MemoryStorage, search_id: str) -> None:
+    records = [JobRecord() for _ in range(40)]
+    storage.insert(search_id, records)
+    chance = random.Random(0)
+    changed_at = {record.id: number for number, record in enumerate(records, 1)}
+    seen = 0
+    for revision in range(41, 5000):
+        job_id = records[chance.randrange(40)].id
+        storage.update([JobChange(job_id, out=revision)])
+        changed_at[job_id] = revision
+        if chance.random() < 0.02:
+            since = chance.choice([seen, seen, 0, chance.randrange(revision)])
+            found, seen = storage.scan(search_id, since)
+            expected = sorted((at, job_id) for job_id, at in changed_at.items() if at > since)
+            assert [(record.revision, record.id) for record in found] == expected
+            assert seen == revision

@@ -169,10 +169,11 @@ class Batch:
     def go_on(self, jobs: Sequence[Job]) -> None:
         """Say that the worker is at these jobs of :meth:`take_more` now, being through with those before."""
         self.created = now = self.last_end
+        sent = self._sent or {}
         for job in jobs:
-            if job._status is _READY:
+            if job._status is _READY and job.id in sent:  # else it has ended, and waits for its next attempt
                 job._started, job._status = now, _RUNNING
-        self.current = jobs[0] if len(jobs) == 1 else None
+        self.current = jobs[0] if len(jobs) == 1 and jobs[0].id in sent else None
 
     def refuse(self, jobs: Sequence[Job]) -> None:
         """Give back jobs that were not taken after all; there shall be no more of them."""

@@ -38,6 +38,7 @@ class WorkerProcess(Channel):
     Attributes:
         memory: what watches its memory, while it runs jobs that are limited in it.
         base: the bytes that it held before its first job, where memory is limited.
+        is_ready: whether it has said that it is set up.
         held: the bytes that it held before the jobs that it runs.
         makes_calls: whether a job of it has called its storage, and others may.
         tray: where it finds its next jobs; or None.
@@ -50,6 +51,7 @@ class WorkerProcess(Channel):
 
     memory: WatchedProcess | None = None
     base = 0
+    is_ready = False
     held = 0
     makes_calls = False
     _posted = 0

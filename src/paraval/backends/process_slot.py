@@ -86,8 +86,9 @@ class ProcessSlot(Slot):
                 process = None
             # Before a worker is there: where none can be started, these jobs end, or they would be tried for ever.
             sent = batch.take_all(self._backend.jobs_left(process))
-            if process is None:
+            if process is None or not process.is_ready:  # one that was sent no job yet is not set up
                 batch.wait_for_worker()
+            if process is None:
                 try:
                     process = await self._start_worker(setup)
                 except Exception as exc:  # noqa: BLE001 - whatever keeps a program from being started
@@ -400,6 +401,7 @@ class ProcessSlot(Slot):
                 self._call = StorageCall(self._spec.storage, self._backend.start_soon, *frame[1:])
             case "ready":
                 process.base = frame[1]
+                process.is_ready = True
                 batch.worker_is_ready()
             case "broken":
                 self._cannot_be_set_up = True

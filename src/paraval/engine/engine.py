@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from paraval.engine.running.following import Following
 from paraval.engine.running.watch import MARGIN_S, Watch
 from paraval.engine.running.workers import Workers
 from paraval.errors import EvaluatorClosedError, UsageError
-from paraval.job import Job
+from paraval.job import Job, JobStatus
 from paraval.loops import Doorbell, Loop
 from paraval.outcome import JobError, Outcome
 from paraval.storage import Storage
@@ -36,6 +37,8 @@ from paraval.storage.writer import Writer
 
 __all__ = ["Engine", "EngineSettings"]
 
+_TURN_S: Final = 0.005
+_PAUSE_S: Final = 0.001
 _NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -258,13 +261,28 @@ class Engine:
             # What a worker has not begun ends here: given back to the queue, it would begin after all.
             waiting = [] if worker.batch is None else worker.batch.reclaim()
             self._ledger.started(-len(waiting))
-            settling.settle_all([job.id for job in waiting], reason)
-        settling.settle_all([key for key in settling.open if key not in settling.holders], reason)
+            for job in waiting:
+                settling.holders.pop(job.id, None)
+        taken = settling.holders.keys() | settling.reasons.keys()
+        waiting = [job for job in settling.open.values() if job.id not in taken]
+        for job in waiting:
+            settling.reasons[job.id] = reason
+            job._status = JobStatus.CANCELLING  # no worker takes it any more
         for worker in self._workers:
             for job in () if worker.batch is None else worker.batch.in_hand:
                 self._watch.interrupt(worker, job, reason)
+        self._end_waiting(deque(waiting), reason)
         if settling.open.keys() - settling.reasons.keys():  # a thread was taking one this very moment
             self._deadlines.add(self._clock() + 0.01, lambda now: self._stop_the_rest(reason, now))
+
+    def _end_waiting(self, jobs: deque[Job], reason: JobError) -> None:
+        """Settle jobs that nobody has begun; where callbacks hear of each, in turns with what stops those that run."""
+        end = self._clock() + _TURN_S
+        while jobs and self._clock() < end:
+            count = 1 if self._settings.notifier.callbacks else len(jobs)
+            self._settling.settle_all([jobs.popleft().id for _ in range(count)], reason)
+        if jobs:
+            self._deadlines.add(self._clock() + _PAUSE_S, lambda _now: self._end_waiting(jobs, reason))
 
     def _stop_the_rest(self, reason: JobError, now: float) -> None:
         if self._stopping or now >= self._spec.budget_end:

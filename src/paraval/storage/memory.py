@@ -61,19 +61,21 @@ class _Search:
     def apply(self, changes: Sequence[JobChange], records: Sequence[JobRecord]) -> None:
         """Apply each change to its record, but for those that another owner wants."""
         revision, notes, changed = self.revision, self.notes, []
-        for change, record in zip(changes, records, strict=True):
-            by = change.by
-            if by is not None and by != record.owner:
-                continue
-            metadata = change.metadata
-            if metadata is None or (metadata is record.metadata and not notes):  # nearly always
-                change.apply_to(record)
-            else:
-                self.note(metadata, change, record)
-            revision += 1
-            record.revision = revision
-            changed.append(record)
-        self.log(changed)
+        try:
+            for change, record in zip(changes, records, strict=True):
+                by = change.by
+                if by is not None and by != record.owner:
+                    continue
+                metadata = change.metadata
+                if metadata is None or (metadata is record.metadata and not notes):  # nearly always
+                    change.apply_to(record)
+                else:
+                    self.note(metadata, change, record)
+                revision += 1
+                record.revision = revision
+                changed.append(record)
+        finally:  # a change that cannot be applied, as its metadata is no dict, does not hide those before it
+            self.log(changed)
 
     def note(self, metadata: dict[str, Any], change: JobChange, record: JobRecord) -> None:
         """Apply a change that has metadata."""

@@ -52,7 +52,7 @@ from paraval.outcome import JobError, error_from_exception
 from paraval.worker.output import flush_output, unbuffer_output
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
-__all__ = ["HEAD", "MESSAGE", "Sealed", "Setup", "exit_fork", "is_one_of", "main"]
+__all__ = ["HEAD", "MESSAGE", "Sealed", "Setup", "exit_fork", "is_one_of", "main", "sendable"]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
@@ -185,6 +185,7 @@ class Worker:
         self._guard_looks = math.inf
         self._guard_runs = False
         self._is_asked_to_stop = False
+        self._waits_to_be_told = False
         self._live: LiveJob | None = None
         self._client = self._storage_client
         self._has_client = False
@@ -260,7 +261,8 @@ class Worker:
 
     def _next(self) -> Any:
         """Give the next jobs: from the tray, or else those that come; None when there are no more."""
-        looks = self._expects_more and not self._is_asked_to_stop  # else it shall not go on by itself
+        looks = self._expects_more and not self._waits_to_be_told
+        self._waits_to_be_told = False
         while True:
             frame = self._from_tray() if looks else None
             if frame is not None:
@@ -304,7 +306,7 @@ class Worker:
             self._told = 0
             self._batches += 1
             self._due = (now := monotonic()) + hold_s
-        self._is_asked_to_stop = len(jobs) > 1 and not self._wake_guard()  # as nobody could give them back later
+        is_alone = len(jobs) > 1 and not self._wake_guard()  # so that nobody could give back what it has not begun
         report_at = now - origin + _HOLD_S
         job = self._begin_next()
         while job is not None:
@@ -316,20 +318,25 @@ class Worker:
                     self._errors[len(ends)] = error
                 ends.append(ended)
                 values.append(value)
-                if todo and ended < report_at and not self._is_asked_to_stop:
+                if todo and ended < report_at and not (self._is_asked_to_stop or is_alone):
                     job = todo.popleft()
                     starts.append(ended)
                     continue
             if ended >= report_at:
                 report_at = ended + _HOLD_S
                 self._report()
-            if self._is_asked_to_stop:  # what it has not begun it shall not
+            if is_alone:
                 self._give_back()
             job = self._begin_next()
         flush_output()
         self._report()
+        if self._is_asked_to_stop:
+            self._is_asked_to_stop = False
+            self._waits_to_be_told = True  # it shall not go on by itself
 
     def _begin_next(self) -> tuple[str, Any] | None:
+        if self._is_asked_to_stop:  # maybe before it has begun any: while it was set up, say
+            self._give_back()
         with self._state:
             if not self._todo:
                 return None
@@ -344,6 +351,8 @@ class Worker:
             if _handler_of(signal.SIGTERM) is not self._on_sigterm:  # an earlier job, or the set-up, has changed it
                 self.handle_sigterm()
             self._live = live = LiveJob(self._context)
+            if self._is_asked_to_stop:  # just before there was a job to tell
+                live._status = JobStatus.CANCELLING
             value = self._function(running_job(live, job_id, args, self._client, self._stopper), **self._kwargs)
             if self._is_async:
                 value = self._complete(value, live)
@@ -359,10 +368,8 @@ class Worker:
         if os.getpid() != self._pid:
             exit_fork(None)  # the job forked, and its child came back too: there is one worker on this socket
         self._end_calls()
-        if is_plain(value):
-            return None, value
         try:
-            return None, Sealed(dumps(value, "the result"))
+            return None, sendable(value)
         except PicklingFailed as exc:
             error = JobError("exception", str(exc), type="PicklingError")
             return (*error, False), None
@@ -411,6 +418,12 @@ class Worker:
             self._send(("back", self._seen, at, None))
 
     def _guard(self) -> None:
+        try:
+            self._keep_watch()
+        except BaseException:  # noqa: BLE001 - there is no memory, say: nobody would report what this worker cannot
+            os._exit(1)
+
+    def _keep_watch(self) -> None:
         """While batches come: see to it that none keeps its finished or its waiting jobs for long.
 
         It looks no more often than that takes, as each of its turns takes the interpreter from the job that runs.
@@ -467,9 +480,9 @@ class Worker:
             count = len(self._ends)
             if count:
                 times = struct.pack(f"{2 * count}d", *self._starts[:count], *self._ends)
-                at, self._told = self._told, self._told + count
                 # Under the lock: outcomes must not overtake a "back".
-                self._send(("done", self._seen, at, times, self._errors, self._values))
+                self._send(("done", self._seen, self._told, times, self._errors, self._values))
+                self._told += count
                 del self._starts[:count]
                 for told in (self._ends, self._errors, self._values):
                     told.clear()
@@ -492,6 +505,17 @@ class Worker:
             return None
         data = self._reader.read(int.from_bytes(head, "little"))
         return pickle.loads(data)  # noqa: S301 - from our own parent
+
+
+def sendable(value: Any) -> Any:
+    """Give a result as it is sent, some time later: the next job may change what this one returned.
+
+    Raises:
+        PicklingFailed: it cannot be sent.
+    """
+    if not is_plain(value):
+        return Sealed(dumps(value, "the result"))
+    return dict(value) if type(value) is dict else value
 
 
 def _write(fd: int, view: memoryview) -> None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from paraval.job import JobContext, JobStatus, LiveJob, running_job
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.board import Address, BoardOfWorker
-from paraval.worker.main import Sealed, exit_fork, is_one_of, main
+from paraval.worker.main import Sealed, exit_fork, is_one_of, main, sendable
 from paraval.worker.output import flush_output
-from paraval.worker.pickling import PicklingFailed, dumps, is_plain
+from paraval.worker.pickling import PicklingFailed, dumps
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -281,8 +281,7 @@ class _Call:
         if os.getpid() != pid:
             exit_fork(None)  # the job forked, and its child came back too: one of them is enough
         try:
-            if not is_plain(value):
-                value = Sealed(dumps(value, "the result"))
+            value = sendable(value)
             if storage is not None and (notebook := storage.notebook) is not None:
                 notes = Sealed(dumps((notebook.changes, notebook.values), "what the job stored"))
         except PicklingFailed as exc:

@@ -230,9 +230,6 @@ class Dispatch:
         in_hand, reasons = batch.in_hand, settling.reasons
         stopped = [(job, Outcome(error=reasons[job.id], cancelled=True), now) for job in in_hand if job.id in reasons]
         others = [job for job in in_hand if job.id not in reasons]
-        for job, _, _ in stopped:
-            if job._started is None:  # it was sent ahead, and just then it began
-                job._started = batch.last_end
         if self._settings.backend.cancellation == "cooperative":
             for job, _, _ in stopped:  # a call that nothing can end goes on, and keeps its slot
                 settling.give_up(job, now)

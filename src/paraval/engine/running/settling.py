@@ -66,19 +66,19 @@ class Settling:
         """Give each job its one terminal record: on the job, in the storage, then to whoever waits for it."""
         jobs: list[Job] = []
         told: list[tuple[Job, Outcome]] = []
-        open_, holders, reasons, attempts, limit = self.open, self.holders, self.reasons, self._attempts, self._limit
+        open_, holders, reasons, attempts = self.open, self.holders, self.reasons, self._attempts
+        has_limit = self._limit is not None
         for job, reported, finished in ended:
             job_id, error = job.id, reported[1]
             if error is not None and reported.may_retry and self._has_another(job, error):
                 continue
             if open_.pop(job_id, None) is None:
                 continue  # settled already: it was given up, and came back after all
-            holders.pop(job_id, None)
+            holder = holders.pop(job_id, None)
             job._finished = finished
-            if limit is not None and error is None and finished - (job._started or finished) > limit:
-                # It returned before anybody could look at the time: a coroutine that blocked the loop did.
-                reasons.setdefault(job_id, out_of_time(limit))
-            outcome = self._final(job, reported) if reasons or attempts else reported
+            if holder is not None and job._started is None:
+                job._started = finished  # it was sent ahead, and nobody has said whether it began
+            outcome = self._final(job, reported, finished) if reasons or attempts or has_limit else reported
             job.settle(outcome)
             jobs.append(job)
             if self.on_settled is not None:
@@ -91,7 +91,11 @@ class Settling:
         if self._recorder.closing and not self.open:
             self.all_settled.set()
 
-    def _final(self, job: Job, outcome: Outcome) -> Outcome:
+    def _final(self, job: Job, outcome: Outcome, finished: float) -> Outcome:
+        limit = self._limit
+        if limit is not None and outcome.error is None and finished - (job._started or finished) > limit:
+            # It returned before anybody could look at the time: a coroutine that blocked the loop did.
+            self.reasons.setdefault(job.id, out_of_time(limit))
         reason = self.reasons.pop(job.id, None)
         return self._attempts.conclude(job, outcome if reason is None else _stopped(job, outcome, reason))
 

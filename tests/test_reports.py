@@ -1,0 +1,194 @@
+"""What workers report, and what becomes of it: each job gets its own, whatever the others do meanwhile."""
+
+from __future__ import annotations
+
+import _thread
+import struct
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from paraval import Evaluator, Job, JobStatus, RunningJob
+from paraval.backends.base import Batch
+from paraval.backends.process import ProcessBackend
+from paraval.backends.process_slot import ProcessSlot, _Load
+from paraval.callback import Callback
+from paraval.engine.ledger import Ledger
+from paraval.engine.notify import Notifier
+from paraval.engine.recorder import Recorder
+from paraval.engine.running.attempts import Attempts
+from paraval.engine.running.settling import Settling
+from paraval.loops import Loop
+from paraval.outcome import JobError, Outcome
+from paraval.storage import MemoryStorage
+from runfunctions import Flags, double
+from support import configurations, outputs, until
+from workers import LOKY, by_x, error_of, make_in, polite, processes, worker_marks
+
+pytestmark = worker_marks
+both_methods = pytest.mark.parametrize("method", ["process", LOKY])
+
+
+def make(function: Any, method: str = "process", **kwargs: Any) -> Evaluator:
+    return Evaluator.create(function, method, {"num_workers": 1, **kwargs})
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+_result: dict[str, Any] = {}
+
+
+def same_dict(job: RunningJob) -> dict[str, Any]:
+    """Return one dict again and again."""
+    _result["x"] = job["x"]
+    return _result
+
+
+@pytest.mark.parametrize("method", ["process", LOKY, "executor"])
+def test_what_a_job_returned_is_not_what_the_next_one_makes_of_it(method: str) -> None:
+    evaluator = make_in(same_dict, processes) if method == "executor" else make(same_dict, method)
+    with evaluator:
+        evaluator.submit(configurations(300))
+        jobs = evaluator.gather("ALL")
+    assert [job.output for job in jobs] == [{"x": job.args["x"]} for job in jobs]
+    assert len({id(job.output) for job in jobs}) == 300
+
+
+def test_a_job_that_waits_for_its_next_attempt_is_not_taken_to_run() -> None:
+    long, other, raising, last = [Job(f"0.{number}", {}) for number in range(4)]
+    evaluator = make(double)
+    slot = ProcessSlot(evaluator._spec, cast("ProcessBackend", evaluator._make_backend()))
+    slot._has_begun = True
+    batch = Batch([long, other], lambda: 5.0, lambda: None)
+    slot._sent = batch.take_all()
+    slot._loads.append(_Load(1, [long, other]))
+    batch.take_more([raising, last])
+    slot._loads.append(_Load(2, [raising, last]))
+
+    def done(number: int, errors: dict[int, tuple[Any, ...]]) -> None:
+        process = cast("Any", SimpleNamespace(jobs_done=0))
+        slot._take_done(process, batch, number, 0, struct.pack("2d", 1.0, 2.0), errors, [None])
+
+    done(1, {})  # which took long: the worker's guard is about to give the other one back
+    done(2, {0: (*JobError("exception", "once more", type="ValueError"), True)})
+    ended = {job.id: outcome for job, outcome, _ in batch.collect()}
+    assert ended["0.2"].may_retry
+    raising._started, raising._status = None, JobStatus.READY  # it waits for its next attempt
+    slot._take_over(batch, 1, 1, 1.0)
+    assert raising.status is JobStatus.READY
+    assert (last.status, batch.reclaim()) == (JobStatus.RUNNING, [other])
+
+
+@both_methods
+def test_a_worker_that_cannot_report_ends(method: str) -> None:
+    def spoil() -> None:
+        from paraval.worker import main
+
+        report, thread = main.Worker._report, _thread.get_ident()
+
+        def spoiled(worker: Any) -> None:
+            if _thread.get_ident() != thread:
+                raise MemoryError
+            report(worker)
+
+        cast("Any", main.Worker)._report = spoiled  # in a process of its own
+
+    def function(job: RunningJob) -> Any:
+        time.sleep(0.15 if job["x"] == 0 else 0)  # so that its guard reports
+        return job["x"]
+
+    with make(function, method, initializer=spoil, batching=4) as evaluator:
+        evaluator.submit(configurations(4))
+        assert sorted(outputs(evaluator.gather("ALL"))) == [0, 1, 2, 3], "each was run alone in the end"
+
+
+# -- before a job begins -----------------------------------------------------------------------------------------------
+
+
+@both_methods
+def test_setting_a_worker_up_is_not_the_time_of_a_job(method: str) -> None:
+    with make(double, method, initializer=lambda: time.sleep(1.0), job_timeout=0.5) as evaluator:
+        evaluator.submit([{"x": threading.Lock()}])  # after that there is a worker, but it was sent nothing
+        (job,) = evaluator.gather("ALL")
+        assert error_of(job)[0] == "exception"
+        evaluator.submit(configurations(1))
+        assert outputs(evaluator.gather("ALL")) == [0]
+
+
+@both_methods
+@pytest.mark.parametrize("how", ["close", "timeout"])
+def test_what_is_stopped_while_its_worker_is_set_up_never_begins(method: str, how: str, flags: Flags) -> None:
+    def set_up() -> None:  # until it is asked to stop
+        import signal
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        flags.put("in-set-up")
+        while signal.SIGTERM not in signal.sigpending():
+            time.sleep(0.001)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def function(job: RunningJob) -> Any:
+        flags.put("ran")
+
+    with make(function, method, initializer=set_up, kill_grace=30.0) as evaluator:
+        evaluator.submit(configurations(1))
+        until(lambda: flags.up("in-set-up"))
+        if how == "timeout":
+            evaluator.timeout = 0.01
+        (job,) = evaluator.close() if how == "close" else evaluator.gather("ALL")
+        assert (job.status, job.timing.started) == (JobStatus.CANCELLED, None)
+        assert error_of(job)[0] == ("cancelled" if how == "close" else "timeout")
+        assert not flags.up("ran")
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+@both_methods
+def test_what_runs_is_stopped_before_slow_callbacks_hear_of_what_waits(method: str, flags: Flags) -> None:
+    class Slow(Callback):
+        heard = 0
+
+        def on_done(self, job: Job) -> None:
+            if job.args["x"] != 0:
+                self.heard += 1
+                time.sleep(0.02)
+                assert self.heard == 1 or flags.wait("told")
+
+    function = polite(flags)
+
+    def tells(job: RunningJob) -> Any:
+        output = function(job)
+        flags.put("told")
+        return output
+
+    slow = Slow()
+    with make(tells, method, callbacks=[slow], kill_grace=30.0, batching=False) as evaluator:
+        evaluator.submit(configurations(20))
+        until(lambda: flags.up("pid-0"))
+        evaluator.timeout = 0.01
+        jobs = by_x(evaluator.gather("ALL"))
+        assert jobs[0].metadata["returned"] == "stopped: CANCELLING"
+        assert all(job.status is JobStatus.CANCELLED for job in jobs.values())
+        assert [x for x, job in jobs.items() if job.timing.started is not None] == [0]
+        assert evaluator.statistics().callback_errors == 0
+    assert slow.heard == 19
+
+
+@pytest.mark.anyio
+async def test_a_job_that_a_worker_had_counts_as_begun(anyio_backend: str) -> None:
+    ledger, storage = Ledger(), MemoryStorage()
+    recorder = Recorder(storage, None, "me", Notifier([]), ledger)
+    settling = Settling(recorder, Attempts(1), lambda *_: None, lambda: 7.0, Loop.running())
+    job = Job(storage.create_new_job(storage.create_new_search()), {})
+    ledger.reserve(1, 10)
+    ledger.expect([job], 0.0)
+    settling.open[job.id] = job
+    settling.holders[job.id] = cast("Any", object())
+    ledger.started(1)
+    settling.settle([(job, Outcome(error=JobError("timeout", "late"), cancelled=True), 8.0)])
+    assert (ledger.pending, job.timing.started, settling.holders) == (0, 8.0, {})

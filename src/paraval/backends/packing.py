@@ -16,7 +16,14 @@ from paraval.job import Job
 from paraval.loops import call_in_thread
 from paraval.outcome import JobError, Outcome, returned
 from paraval.worker.main import Sealed
-from paraval.worker.pickling import PicklingFailed, PiecewisePickler, TooLargeError, is_plain, loads_in_pieces
+from paraval.worker.pickling import (
+    PicklingFailed,
+    PiecewisePickler,
+    TooLargeError,
+    are_plain_dicts,
+    is_plain,
+    loads_in_pieces,
+)
 
 __all__ = [
     "LARGE",
@@ -57,22 +64,23 @@ class Packer:
 
     def pack_soon(self, jobs: Sequence[Job], most: int) -> list[tuple[str, Any]] | None:
         """Give jobs as they are sent, if all can be, and if they take no more than about so many bytes."""
-        items: list[tuple[str, Any]] = []
-        for job in jobs:
-            args: Any = job.args
+        items: list[tuple[str, Any]] = [(job.id, job.args) for job in jobs]
+        if are_plain_dicts([args for _, args in items]):  # as a rule
+            return items
+        for place, (job_id, args) in enumerate(items):
             if not is_plain(args):
                 try:
-                    args = Sealed(self._pickler.dumps(args, _NAME, most))
+                    sealed = Sealed(self._pickler.dumps(args, _NAME, most))
                 except (TooLargeError, PicklingFailed):
                     return None
-                most -= len(args.data)
-            items.append((job.id, args))
+                most -= len(sealed.data)
+                items[place] = (job_id, sealed)
         return items
 
     async def pack(self, jobs: Sequence[Job]) -> Parcel:
         """Give jobs as they are sent."""
-        items = [(job.id, job.args) for job in jobs if is_plain(job.args)]
-        if len(items) == len(jobs):  # as a rule
+        items: list[tuple[str, Any]] = [(job.id, job.args) for job in jobs]
+        if are_plain_dicts([args for _, args in items]):  # as a rule
             return Parcel(items)
         items.clear()
         failures: list[tuple[Job, PicklingFailed]] = []

@@ -33,12 +33,23 @@ class _Search:
     grown long it is merged into the second.
     """
 
-    __slots__ = ("_recent", "_settled", "_settled_at", "entries", "next_number", "notes", "revision", "values")
+    __slots__ = (
+        "_recent",
+        "_settled",
+        "_settled_at",
+        "entries",
+        "has_records",
+        "next_number",
+        "notes",
+        "revision",
+        "values",
+    )
 
     def __init__(self) -> None:
         self.next_number = 0
         self.revision = 0
         self.entries: dict[str, Job | JobRecord] = {}
+        self.has_records = False
         self.notes: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Any] = {}
         self._settled: list[str] = []
@@ -50,13 +61,8 @@ class _Search:
         entry = self.entries.get(job_id)
         if isinstance(entry, Job):
             self.entries[job_id] = entry = record_of(entry)
+            self.has_records = True
         return entry
-
-    def touch(self, jobs: Sequence[Job]) -> None:
-        """Note that jobs have changed."""
-        for revision, job in enumerate(jobs, self.revision + 1):
-            job._revision = revision
-        self.log(jobs)
 
     def apply(self, changes: Sequence[JobChange], records: Sequence[JobRecord]) -> None:
         """Apply each change to its record, but for those that another owner wants."""
@@ -167,6 +173,7 @@ class MemoryStorage(Storage):
                 number += 1
                 kept[record.id] = record
             search.next_number = number
+            search.has_records = True
             search.log(records)
 
     def update(self, changes: Sequence[JobChange]) -> None:
@@ -196,15 +203,20 @@ class MemoryStorage(Storage):
     def keep(self, jobs: Sequence[Job]) -> None:
         with self._lock:
             search = self._search_of(jobs[0].id)
-            search.entries.update([(job.id, job) for job in jobs])
-            search.touch(jobs)
+            entries = search.entries
+            for revision, job in enumerate(jobs, search.revision + 1):
+                entries[job.id] = job
+                job._revision = revision
+            search.log(jobs)
 
     def note(self, jobs: Sequence[Job]) -> None:
         with self._lock:
             search = self._search_of(jobs[0].id)
             entries = search.entries
-            kept = [job for job in jobs if entries.get(job.id) is job]
-            search.touch(kept)
+            kept = [job for job in jobs if entries.get(job.id) is job] if search.has_records else jobs
+            for revision, job in enumerate(kept, search.revision + 1):
+                job._revision = revision
+            search.log(kept)
         if len(kept) < len(jobs):  # records were made of the others meanwhile
             others = [job for job in jobs if entries.get(job.id) is not job]
             self.update([JobChange.of(job, job.context.owner) for job in others])

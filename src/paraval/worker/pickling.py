@@ -7,14 +7,17 @@ value, with cloudpickle.
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
+from collections.abc import Sequence
 from typing import Any, Final
 
 __all__ = [
     "PicklingFailed",
     "PiecewisePickler",
     "TooLargeError",
+    "are_plain_dicts",
     "dumps",
     "dumps_together",
     "explain",
@@ -47,6 +50,16 @@ def is_plain(value: Any) -> bool:
         if type(item) not in _PLAIN or type(key) not in _PLAIN:
             return False
     return True
+
+
+def are_plain_dicts(values: Sequence[Any]) -> bool:
+    """Whether all are small dicts of scalars; as :func:`is_plain` for each, at half its cost."""
+    return (
+        {dict}.issuperset(map(type, values))
+        and max(map(len, values), default=0) <= _MANY
+        and _PLAIN.issuperset(map(type, itertools.chain.from_iterable(values)))
+        and _PLAIN.issuperset(map(type, itertools.chain.from_iterable([value.values() for value in values])))
+    )
 
 
 def dumps(value: Any, name: str) -> bytes:

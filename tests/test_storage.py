@@ -696,6 +696,14 @@ def test_jobs_are_their_own_records_until_somebody_stores_something_of_them() ->
     assert (entries[first.id], type(entries[second.id]), entries[third.id]) == (first, JobRecord, third)
 
 
+def test_a_kept_job_that_was_answered_and_not_run_has_ended(storage: MemoryStorage, search_id: str) -> None:
+    with make("thread", double, storage=storage, search_id=search_id, reuse=True) as evaluator:
+        for _ in range(2):
+            evaluator.submit([{"x": 1}, {"x": 1}])
+            evaluator.gather("ALL")
+    assert [(record.status, record.out) for record in storage.scan(search_id)[0]] == [(2, 2)] * 4
+
+
 def test_the_storage_keeps_no_private_job_and_none_of_a_class_of_the_users() -> None:
     class Other(Job):
         pass

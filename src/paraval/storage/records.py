@@ -94,7 +94,7 @@ def record_of(job: Job) -> JobRecord:
         owner=job.context.owner,
         revision=job._revision,
     )
-    if job._started is not None or job._status is _CANCELLED:
+    if job._started is not None or job._status in (_DONE, _CANCELLED):  # what was answered from a storage never began
         JobChange.of(job).apply_to(record)
     return record
 

@@ -257,12 +257,13 @@ class Engine:
     def _stop_everything(self, reason: JobError) -> None:
         settling = self._settling
         for worker in self._workers:
-            worker.hold_up()
-            # What a worker has not begun ends here: given back to the queue, it would begin after all.
+            # What a worker has not begun ends here: given back to the queue, another might begin it at once.
             waiting = [] if worker.batch is None else worker.batch.reclaim()
             self._ledger.started(-len(waiting))
             for job in waiting:
                 settling.holders.pop(job.id, None)
+        for worker in self._workers:
+            worker.hold_up()
         taken = settling.holders.keys() | settling.reasons.keys()
         waiting = [job for job in settling.open.values() if job.id not in taken]
         for job in waiting:

@@ -5,6 +5,7 @@ A child process imports this module, so it is light: no anyio, no NumPy, no msgs
 
 from __future__ import annotations
 
+import _thread
 import copy
 import time
 from collections.abc import Callable, Iterator, MutableMapping
@@ -106,7 +107,6 @@ class Job:
 
     Attributes:
         output: what the run-function returned, as it was; None until then, and when it failed.
-        metadata: what the run-function and paraval noted beside the output.
         error: None, or why the job failed.
         context: shared by the jobs of one evaluator.
         stdout: the tail of what the job printed, where ``capture_output`` was asked for and can be had.
@@ -121,6 +121,7 @@ class Job:
         "__weakref__",
         "_finished",
         "_gathered",
+        "_metadata",
         "_revision",
         "_started",
         "_status",
@@ -129,7 +130,6 @@ class Job:
         "context",
         "error",
         "id",
-        "metadata",
         "output",
         "run_function",
         "storage",
@@ -156,8 +156,8 @@ class Job:
         self.run_function = run_function
         self.storage = storage
         self.output: Any = None
-        self.metadata: dict[str, Any] = {}
         self.error: JobError | None = None
+        self._metadata: dict[str, Any] | None = None
         self.context = _NO_CONTEXT
         self._status = _READY
         self._submitted: float | None = None
@@ -178,6 +178,29 @@ class Job:
         self._status = JobStatus(status)
         if self.storage is not None:
             self.storage.store_job_status(self.id, self._status.value)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the run-function and paraval noted beside the output."""
+        metadata = self._metadata
+        return self._make_metadata() if metadata is None else metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
+
+    def _make_metadata(self) -> dict[str, Any]:
+        """Make what is there from the beginning. Nobody asks for that of most tiny jobs, of which there are many."""
+        with _making_metadata:  # two threads must not make two
+            metadata = self._metadata
+            if metadata is None:
+                self._metadata = metadata = {}
+                if self._submitted is not None:
+                    metadata["timestamp_submit"] = self._submitted
+                # Looked at last: who gathers the job notes the time first, and then whether there is a dict to be told.
+                if self._gathered is not None:
+                    metadata["timestamp_gather"] = self._gathered
+        return metadata
 
     @property
     def timing(self) -> JobTiming:
@@ -454,6 +477,7 @@ def running_job(
     return running
 
 
+_making_metadata = _thread.allocate_lock()
 _NO_CONTEXT = JobContext()
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _READY = JobStatus.READY

@@ -186,21 +186,23 @@ class Intake:
         make, storage, context, function = self.job_class, self._storage, self._context, self._function
         now = self._clock()
         all_args = [dict(configuration) for configuration in configurations]
-        all_metadata = [{"timestamp_submit": now} for _ in configurations]
         # A private job is nobody's but its caller's; and what a class of the user's does must not happen at each read.
         keeps_jobs = storage.keeps_jobs and not is_private and make in _OURS
-        if keeps_jobs:
+        # What the storage has by reference is one object with the job's own.
+        all_metadata = None if keeps_jobs else [{"timestamp_submit": now} for _ in configurations]
+        if all_metadata is None:
             job_ids = storage.number(self._search_id, len(all_args))
         else:
             job_ids = self._insert(all_args, all_metadata, is_private=is_private)
         jobs = []
         try:
-            for job_id, args, metadata in zip(job_ids, all_args, all_metadata, strict=True):
+            for job_id, args in zip(job_ids, all_args, strict=True):
                 job = make(job_id, args, function, storage)
                 job.context = context
                 job._submitted = now
-                job.metadata = metadata
                 jobs.append(job)
+            for job, metadata in zip(jobs, all_metadata or (), strict=False):
+                job.metadata = metadata
         except BaseException as exc:  # a class of the user's
             self._call_off(job_ids, exc)
             raise

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from paraval import HPOJob, Job, JobError, JobStatus, JobTiming, RunningJob
 from paraval.outcome import Outcome
 from paraval.storage import MemoryStorage
-from support import configurations, double, make
 
 FAILED = JobError("exception", "bad", type="ValueError")
 parameters = st.dictionaries(st.text().filter(lambda key: key != "job_id"), st.integers(), max_size=5)
@@ -301,17 +300,3 @@ def test_a_running_job_is_equal_to_a_mapping_with_the_same_items() -> None:
 
 def test_repr_of_a_running_job_names_it() -> None:
     assert repr(RunningJob(parameters={"x": 1})) == "RunningJob(id='0.0', status=READY, parameters={'x': 1})"
-
-
-def test_metadata_that_is_made_when_it_is_asked_for_has_all_that_was_noted() -> None:
-    for asks_before in (False, True):
-        with make("thread", double) as evaluator:
-            evaluator.submit(configurations(1))
-            (job,) = evaluator.jobs
-            before = job.metadata if asks_before else None
-            evaluator.gather("ALL")
-        assert job.metadata == {
-            "timestamp_submit": job.timing.submitted,
-            "timestamp_gather": job.timing.gathered,
-        }
-        assert before is None or before is job.metadata

@@ -432,6 +432,9 @@ def test_an_initializer_that_raises_fails_the_jobs(size: int) -> None:
 def test_an_initializer_that_dies_fails_the_jobs() -> None:
     jobs = run(echo, configurations(3), initializer=lambda: os._exit(runfunctions.EXIT_CODE))
     assert [(job.error.kind, job.error.exit_code) for job in jobs if job.error] == [("worker_died", 7)] * 3
+    assert {job.error.message for job in jobs if job.error} == {
+        "the worker process ended with exit code 7 while it was being set up"
+    }
 
 
 @pytest.mark.parametrize("bad", [3, "initialize", [double]])

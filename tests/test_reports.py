@@ -120,6 +120,15 @@ def test_setting_a_worker_up_is_not_the_time_of_a_job(method: str) -> None:
 
 
 @both_methods
+def test_a_worker_that_was_sent_nothing_takes_the_next_jobs(method: str) -> None:
+    with make(double, method, memory_limit=2e9) as evaluator:
+        evaluator.submit([{"x": threading.Lock()}])
+        assert error_of(evaluator.gather("ALL")[0])[0] == "exception"
+        evaluator.submit(configurations(3))
+        assert outputs(evaluator.gather("ALL")) == [0, 2, 4]
+
+
+@both_methods
 @pytest.mark.parametrize("how", ["close", "timeout"])
 def test_what_is_stopped_while_its_worker_is_set_up_never_begins(method: str, how: str, flags: Flags) -> None:
     def set_up() -> None:  # until it is asked to stop
@@ -143,6 +152,19 @@ def test_what_is_stopped_while_its_worker_is_set_up_never_begins(method: str, ho
         assert (job.status, job.timing.started) == (JobStatus.CANCELLED, None)
         assert error_of(job)[0] == ("cancelled" if how == "close" else "timeout")
         assert not flags.up("ran")
+
+
+def test_a_job_that_was_given_up_is_not_touched_any_more() -> None:
+    ended, returned, waiting, last = [Job(f"0.{number}", {}) for number in range(4)]
+    batch = Batch([ended, returned], lambda: 5.0, lambda: None)
+    batch.take_all()
+    near = Batch([waiting, last], lambda: 5.0, lambda: None)
+    for job in (ended, returned, waiting):
+        job._started, job._status = 1.0, JobStatus.CANCELLED
+    batch.finish_all([ended], [Outcome(1)], [2.0], [3.0])
+    batch.return_ahead([returned])
+    assert near.take() is last
+    assert {(job.status, job.timing.started) for job in (ended, returned, waiting)} == {(JobStatus.CANCELLED, 1.0)}
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------

@@ -221,9 +221,7 @@ class Evaluator(ReferenceNames, abc.ABC):
             settles_here=lambda: writer is not None and writer.is_here,
         )
 
-        self._context = JobContext(
-            origin=self._spec.origin, kill_grace=self._spec.kill_grace, function_name=name, owner=self._owner
-        )
+        self._context = JobContext(origin=self._spec.origin, kill_grace=self._spec.kill_grace)
         if self._writer is not None and self._backend.is_on_home_loop:
             self._context.record = self._writer.put_intermediate
         self._others = Others(self._storage, self._search_id, self._owner)
@@ -233,7 +231,9 @@ class Evaluator(ReferenceNames, abc.ABC):
             storage=self._storage,
             writer=self._writer,
             search_id=self._search_id,
+            owner=self._owner,
             function=self.run_function,
+            function_name=name,
             job_class=job_class,
             context=self._context,
             clock=self._clock,

@@ -5,7 +5,6 @@ A child process imports this module, so it is light: no anyio, no NumPy, no msgs
 
 from __future__ import annotations
 
-import _thread
 import copy
 import time
 from collections.abc import Callable, Iterator, MutableMapping
@@ -71,11 +70,9 @@ class JobContext:
             called from where the jobs run.
         memory_limit: in a worker process that runs one job at a time: the bytes at which its parent kills it, infinity
             for never. None where a job has no process of its own.
-        function_name: of the run-function, in the storage.
-        owner: whose the jobs are there.
     """
 
-    __slots__ = ("function_name", "kill_grace", "memory_limit", "origin", "owner", "record", "search")
+    __slots__ = ("kill_grace", "memory_limit", "origin", "record", "search")
 
     def __init__(
         self,
@@ -84,12 +81,8 @@ class JobContext:
         origin: float = 0.0,
         kill_grace: float = 1.0,
         memory_limit: float | None = None,
-        function_name: str | None = None,
-        owner: str | None = None,
     ) -> None:
         self.search = search
-        self.function_name = function_name
-        self.owner = owner
         self.origin = origin
         self.kill_grace = kill_grace
         self.memory_limit = memory_limit
@@ -107,6 +100,7 @@ class Job:
 
     Attributes:
         output: what the run-function returned, as it was; None until then, and when it failed.
+        metadata: what the run-function and paraval noted beside the output.
         error: None, or why the job failed.
         context: shared by the jobs of one evaluator.
         stdout: the tail of what the job printed, where ``capture_output`` was asked for and can be had.
@@ -121,8 +115,6 @@ class Job:
         "__weakref__",
         "_finished",
         "_gathered",
-        "_metadata",
-        "_revision",
         "_started",
         "_status",
         "_submitted",
@@ -130,6 +122,7 @@ class Job:
         "context",
         "error",
         "id",
+        "metadata",
         "output",
         "run_function",
         "storage",
@@ -141,8 +134,6 @@ class Job:
     _is_adopted: bool = False
     """Whether a driver that is gone has left it."""
     reused: str | None = None
-    _revision: int
-    """Set by a storage that keeps jobs: of the search, when that was last told of the job."""
 
     def __init__(
         self,
@@ -156,8 +147,8 @@ class Job:
         self.run_function = run_function
         self.storage = storage
         self.output: Any = None
+        self.metadata: dict[str, Any] = {}
         self.error: JobError | None = None
-        self._metadata: dict[str, Any] | None = None
         self.context = _NO_CONTEXT
         self._status = _READY
         self._submitted: float | None = None
@@ -178,29 +169,6 @@ class Job:
         self._status = JobStatus(status)
         if self.storage is not None:
             self.storage.store_job_status(self.id, self._status.value)
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What the run-function and paraval noted beside the output."""
-        metadata = self._metadata
-        return self._make_metadata() if metadata is None else metadata
-
-    @metadata.setter
-    def metadata(self, metadata: dict[str, Any]) -> None:
-        self._metadata = metadata
-
-    def _make_metadata(self) -> dict[str, Any]:
-        """Make what is there from the beginning. Nobody asks for that of most tiny jobs, of which there are many."""
-        with _making_metadata:  # two threads must not make two
-            metadata = self._metadata
-            if metadata is None:
-                self._metadata = metadata = {}
-                if self._submitted is not None:
-                    metadata["timestamp_submit"] = self._submitted
-                # Looked at last: who gathers the job notes the time first, and then whether there is a dict to be told.
-                if self._gathered is not None:
-                    metadata["timestamp_gather"] = self._gathered
-        return metadata
 
     @property
     def timing(self) -> JobTiming:
@@ -477,7 +445,6 @@ def running_job(
     return running
 
 
-_making_metadata = _thread.allocate_lock()
 _NO_CONTEXT = JobContext()
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _READY = JobStatus.READY

@@ -121,6 +121,8 @@ class Batch:
             job = self._todo.pop()
         except IndexError:
             return None
+        if job._status is _CANCELLED:  # it was given up by another thread, as the engine's loop hangs
+            return self.take(now)
         job._started = self._clock() if now is None else now
         job._status = _RUNNING
         self.current = job
@@ -206,7 +208,8 @@ class Batch:
         """Hand in the outcome of a job of :meth:`take_all`, with the times that the worker took."""
         if self._sent is None or self._sent.pop(job.id, None) is None:
             return
-        job._started = started
+        if job._status is not _CANCELLED:
+            job._started = started
         self.last_end = finished
         self.shortest_s = min(self.shortest_s, finished - started)
         self._finished.append((job, outcome, finished))
@@ -223,8 +226,8 @@ class Batch:
         late = []
         for job, started in zip(jobs, starts, strict=True):
             if sent.pop(job.id, None) is None:
-                late.append(job)  # it was given up
-            else:
+                late.append(job)
+            elif job._status is not _CANCELLED:  # else it was given up
                 job._started = started
         ended = zip(jobs, outcomes, ends, strict=True)
         self._finished += [one for one in ended if one[0] not in late] if late else ended
@@ -272,7 +275,8 @@ class Batch:
         sent = self._sent or {}
         jobs = [job for job in jobs if sent.pop(job.id, None) is not None]
         for job in jobs:
-            job._started, job._status = None, _READY
+            if job._status is not _CANCELLED:  # else it was given up meanwhile
+                job._started, job._status = None, _READY
             if job is self.current:  # it was thought to have begun, as the one before it had ended
                 self.current = None
         self._returned = [*(self._returned or ()), *jobs]

@@ -263,7 +263,7 @@ class WorkerProcess(Channel):
             how = f"ended with exit code {code}"
         return JobError(
             "worker_died",
-            f"the worker process {how} while it ran the job",
+            f"the worker process {how} while it {'ran the job' if self.is_ready else 'was being set up'}",
             exit_code=code if number is None else None,
             signal=number,
             host=os.uname().nodename,

@@ -104,7 +104,9 @@ class ProcessSlot(Slot):
         if process.setup is not setup or process.is_broken or process.is_gone:
             return False
         limit = self._backend.memory_limit
-        return limit is None or process.look_at_memory() <= limit.bytes  # else earlier jobs have filled it
+        if limit is None or not process.is_ready:
+            return True
+        return process.look_at_memory() <= limit.bytes  # else earlier jobs have filled it
 
     async def _start_worker(self, setup: bytes) -> WorkerProcess:
         for pause in _PAUSES_S:

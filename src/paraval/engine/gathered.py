@@ -74,8 +74,8 @@ class Gathered:
             job._gathered = now
             if job.restored:
                 self.restored.add(job.id)  # they are as many as the records that others have made
-            elif job._metadata is not None:  # else it will be in it when it is made
-                job._metadata["timestamp_gather"] = now
+            else:
+                job.metadata["timestamp_gather"] = now
         with self._counting:
             self.count += len(fresh)
         if not are_private:  # of a service that evaluates for months, nothing must stay

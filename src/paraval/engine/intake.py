@@ -16,7 +16,7 @@ from paraval.engine.life.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
 from paraval.engine.running.following import take_over
 from paraval.errors import MaximumJobsSpawnReached, ParavalError, StorageError
-from paraval.job import HPOJob, Job, JobContext, JobStatus
+from paraval.job import Job, JobContext, JobStatus
 from paraval.outcome import Outcome, error_from_exception
 from paraval.storage import JobChange, JobRecord, Storage
 from paraval.storage.writer import Writer, patiently
@@ -29,7 +29,6 @@ __all__ = ["Intake"]
 
 _CLOSE_S: Final = 2.0
 """How long a close waits for the storage."""
-_OURS: Final = frozenset({Job, HPOJob})
 _MANY: Final = 1_000
 """So many jobs are made without looking for garbage meanwhile: all of them stay."""
 
@@ -51,9 +50,11 @@ class Intake:
         storage: where they are recorded.
         writer: the way to a storage that may be slow, or None.
         search_id: the search that they belong to.
+        owner: whose they are.
         function: what they run.
+        function_name: its name in the storage.
         job_class: what they are made of.
-        context: what surrounds them; it says whose they are.
+        context: what surrounds them.
         clock: seconds since the evaluator was created.
         recall: what the storage knows of configurations already, or None: each is a job to run.
         ledger: it expects them.
@@ -72,7 +73,9 @@ class Intake:
         storage: Storage,
         writer: Writer | None,
         search_id: str,
+        owner: str,
         function: Callable[..., Any],
+        function_name: str,
         job_class: type[Job],
         context: JobContext,
         clock: Callable[[], float],
@@ -84,8 +87,9 @@ class Intake:
         self._storage = storage
         self._writer = writer
         self._search_id = search_id
-        self._owner = str(context.owner)
+        self._owner = owner
         self._function = function
+        self._function_name = function_name
         self.job_class = job_class
         self._context = context
         self._clock = clock
@@ -184,30 +188,25 @@ class Intake:
 
     def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
         make, storage, context, function = self.job_class, self._storage, self._context, self._function
-        now = self._clock()
+        name, owner, now = self._function_name, self._owner, self._clock()
         all_args = [dict(configuration) for configuration in configurations]
-        # A private job is nobody's but its caller's; and what a class of the user's does must not happen at each read.
-        keeps_jobs = storage.keeps_jobs and not is_private and make in _OURS
-        # What the storage has by reference is one object with the job's own.
-        all_metadata = None if keeps_jobs else [{"timestamp_submit": now} for _ in configurations]
-        if all_metadata is None:
-            job_ids = storage.number(self._search_id, len(all_args))
-        else:
-            job_ids = self._insert(all_args, all_metadata, is_private=is_private)
+        all_metadata = [{"timestamp_submit": now} for _ in configurations]
+        records = [
+            JobRecord(args=(args,), metadata=metadata, function=name, owner=owner, is_private=is_private)
+            for args, metadata in zip(all_args, all_metadata, strict=True)
+        ]
+        self._insert(records)
         jobs = []
         try:
-            for job_id, args in zip(job_ids, all_args, strict=True):
-                job = make(job_id, args, function, storage)
+            for record, args, metadata in zip(records, all_args, all_metadata, strict=True):
+                job = make(record.id, args, function, storage)
                 job.context = context
                 job._submitted = now
-                jobs.append(job)
-            for job, metadata in zip(jobs, all_metadata or (), strict=False):
                 job.metadata = metadata
+                jobs.append(job)
         except BaseException as exc:  # a class of the user's
-            self._call_off(job_ids, exc)
+            self._call_off([record.id for record in records], exc)
             raise
-        if keeps_jobs:
-            storage.keep(jobs)
         return jobs
 
     def _call_off(self, job_ids: Sequence[str], exc: BaseException) -> None:
@@ -217,15 +216,7 @@ class Intake:
         with contextlib.suppress(Exception):  # the storage may be what failed; and this is not what is to be told
             self._storage.update([JobChange(job_id, status=cancelled, error=error) for job_id in job_ids])
 
-    def _insert(
-        self, all_args: list[dict[str, Any]], all_metadata: list[dict[str, Any]], *, is_private: bool
-    ) -> list[str]:
-        """Have jobs recorded; give their ids."""
-        name, owner = self._context.function_name, self._owner
-        records = [
-            JobRecord(args=(args,), metadata=metadata, function=name, owner=owner, is_private=is_private)
-            for args, metadata in zip(all_args, all_metadata, strict=True)
-        ]
+    def _insert(self, records: list[JobRecord]) -> None:
         try:
             if self._writer is None:
                 self._storage.insert(self._search_id, records)
@@ -238,7 +229,6 @@ class Intake:
         except Exception as exc:  # a store may raise anything
             what = f"{type(exc).__name__}: {exc}"
             raise StorageError(f"the storage failed, so the jobs were not submitted: {what}") from exc
-        return [record.id for record in records]
 
     def _make_known(self, configurations: Sequence[Args], known: Sequence[Known], *, is_private: bool) -> _New:
         """Make jobs: some under the ids of records that exist, some that will not be run."""

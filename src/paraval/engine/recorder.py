@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
@@ -49,15 +50,12 @@ class Recorder:
 
     def note_running(self, job: Job) -> bool:
         """Store that a job runs; False when the storage failed, so that it must not."""
+        change = JobChange(job.id, status=JobStatus.RUNNING.value, by=self._owner)
+        if self._writer is not None:
+            self._writer.put_later(change)
+            return True
         try:
-            if self._storage.keeps_jobs:
-                self._storage.note([job])
-                return True
-            change = JobChange.of(job, self._owner)
-            if self._writer is not None:
-                self._writer.put_later(change)
-            else:
-                self._storage.update([change])
+            self._storage.update([change])
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
             self.fail(exc)
             return False
@@ -69,6 +67,7 @@ class Recorder:
         Returns:
             Whether it is stored; else ``marked()`` is called, in any thread, when it is.
         """
+        change = JobChange(job.id, status=JobStatus.RUNNING.value, by=self._owner)
         if self._writer is None:
             return True  # what is in memory ends with the program
 
@@ -77,26 +76,28 @@ class Recorder:
                 self.fail(failure)
             marked()
 
-        self._writer.put([JobChange(job.id, status=JobStatus.RUNNING.value, by=self._owner)], written)
+        self._writer.put([change], written)
         return False
 
     def record(self, jobs: list[Job]) -> None:
         """Store the end of jobs, and hand them over."""
+        owner = self._owner
+        changes = [
+            # Enum.value would be a detour.
+            JobChange(
+                job.id, status=job._status._value_, out=_out(job), error=job.error, metadata=job.metadata, by=owner
+            )
+            for job in jobs
+        ]
         if self._writer is not None:
-            self._writer.put(self._ends(jobs), functools.partial(self._written, jobs))
+            self._writer.put(changes, functools.partial(self._written, jobs))
             return
         try:
-            if self._storage.keeps_jobs:
-                self._storage.note(jobs)
-            else:
-                self._storage.update(self._ends(jobs))
+            self._storage.update(changes)
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
             self._written(jobs, exc)
         else:
             self._hand_over(jobs)
-
-    def _ends(self, jobs: list[Job]) -> list[JobChange]:
-        return [JobChange.of(job, self._owner) for job in jobs]
 
     async def drained(self) -> None:
         """Wait until all that was to be recorded so far is recorded, or cannot be."""
@@ -160,6 +161,15 @@ class Recorder:
         error = StorageError(f"the storage failed, so no result can be acknowledged: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
         self._ledger.fail(error)
+
+
+def _out(job: Job) -> Any:
+    if type(job) is Job:  # asking it would be a detour, too
+        return job.output
+    try:
+        return job.stored_output
+    except Exception:  # noqa: BLE001 - a subclass's is user code; the job has failed by that already
+        return None
 
 
 def _give_up(job: Job, record: JobRecord) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from paraval.errors import BadValueError, ParavalError
 from paraval.storage.records import JobChange, JobRecord
-
-if TYPE_CHECKING:
-    from paraval.job import Job
 
 __all__ = ["Storage", "UnknownIdError", "UnstorableError"]
 
@@ -142,29 +139,6 @@ class Storage(abc.ABC):
 
     def flush(self) -> None:  # noqa: B027 - a store whose insert_soon is durable has nothing to implement
         """Make durable what :meth:`insert_soon` left."""
-
-    # -- jobs of an evaluator of this process, by reference: a store that keeps no jobs has nothing to implement -------
-
-    @property
-    def keeps_jobs(self) -> bool:
-        """Whether it can be given the jobs themselves, so that records need not be made of them before one is read."""
-        return False
-
-    def number(self, search_id: str, count: int) -> list[str]:
-        """Give the ids of so many new jobs, for :meth:`keep`.
-
-        Raises:
-            UnknownIdError: no such search.
-        """
-        raise NotImplementedError
-
-    def keep(self, jobs: Sequence[Job]) -> None:
-        """Add jobs of one search; in place of :meth:`insert`."""
-        raise NotImplementedError
-
-    def note(self, jobs: Sequence[Job]) -> None:
-        """Take note that kept jobs have changed their status; in place of :meth:`update`."""
-        raise NotImplementedError
 
     # -- connection: stores that need none are always connected --------------------------------------------------------
 

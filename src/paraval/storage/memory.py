@@ -10,9 +10,8 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from paraval.job import Job
 from paraval.storage.base import Storage, UnknownIdError
-from paraval.storage.records import JobChange, JobRecord, adopt, record_of
+from paraval.storage.records import JobChange, JobRecord, adopt
 
 __all__ = ["MemoryStorage"]
 
@@ -23,46 +22,25 @@ _MANY: Final = 1024
 class _Search:
     """One search.
 
-    An entry is a job itself, for as long as nobody but its evaluator has changed anything of it, or else a record.
-
     ``notes`` is metadata that others than the job's evaluator have stored. They are kept apart, as the dict in the
     record is the job's own.
 
-    Which entries have changed since when is known from a log of them, in two parts: ``_recent``, where each place is
-    one revision, and ``_settled``, where each entry is there once, with the revisions beside it. When the first has
+    Which records have changed since when is known from a log of them, in two parts: ``_recent``, where each place is
+    one revision, and ``_settled``, where each record is there once, with the revisions beside it. When the first has
     grown long it is merged into the second.
     """
 
-    __slots__ = (
-        "_recent",
-        "_settled",
-        "_settled_at",
-        "entries",
-        "has_records",
-        "next_number",
-        "notes",
-        "revision",
-        "values",
-    )
+    __slots__ = ("_recent", "_settled", "_settled_at", "next_number", "notes", "records", "revision", "values")
 
     def __init__(self) -> None:
         self.next_number = 0
         self.revision = 0
-        self.entries: dict[str, Job | JobRecord] = {}
-        self.has_records = False
+        self.records: dict[str, JobRecord] = {}
         self.notes: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Any] = {}
-        self._settled: list[str] = []
+        self._settled: list[JobRecord] = []
         self._settled_at: list[int] = []
-        self._recent: list[Job | JobRecord] = []
-
-    def record(self, job_id: str) -> JobRecord | None:
-        """Give a record that is to be changed; the job itself is no entry any more."""
-        entry = self.entries.get(job_id)
-        if isinstance(entry, Job):
-            self.entries[job_id] = entry = record_of(entry)
-            self.has_records = True
-        return entry
+        self._recent: list[JobRecord] = []
 
     def apply(self, changes: Sequence[JobChange], records: Sequence[JobRecord]) -> None:
         """Apply each change to its record, but for those that another owner wants."""
@@ -94,38 +72,32 @@ class _Search:
             change = msgspec.structs.replace(change, metadata=None)
         change.apply_to(record)
 
-    def copy(self, job_id: str) -> JobRecord | None:
+    def copy(self, record: JobRecord) -> JobRecord:
         """Give a record as it is now, to whoever may change what they get."""
-        record = self.entries.get(job_id)
-        if record is None:
-            return None
-        copied = record_of(record) if isinstance(record, Job) else msgspec.structs.replace(record)
+        copied = msgspec.structs.replace(record)
         if record.metadata is not None:
             copied.metadata = {**record.metadata, **self.notes.get(record.id, {})}
-        if copied.budgets is not None and copied.objectives is not None:
-            copied.budgets, copied.objectives = list(copied.budgets), list(copied.objectives)
+        if record.budgets is not None and record.objectives is not None:
+            copied.budgets, copied.objectives = list(record.budgets), list(record.objectives)
         return copied
 
-    def log(self, changed: Sequence[Job | JobRecord]) -> None:
-        """Note that entries have changed, the next revisions being theirs."""
+    def log(self, changed: Sequence[JobRecord]) -> None:
+        """Note that records have changed, the next revisions being theirs."""
         self.revision += len(changed)
         self._recent += changed
-        if len(self._recent) > 4 * len(self.entries) + _MANY:  # so that merging costs little for each change
+        if len(self._recent) > 4 * len(self.records) + _MANY:  # so that merging costs little for each change
             self._settled = self.changed_since(0)
-            self._settled_at = [_revision(self.entries[job_id]) for job_id in self._settled]
+            self._settled_at = [record.revision for record in self._settled]
             self._recent = []
 
-    def changed_since(self, revision: int) -> list[str]:
-        """Give the ids of the jobs that have changed after a revision, in the order of their last changes."""
+    def changed_since(self, revision: int) -> list[JobRecord]:
+        """Give the records that have changed after a revision, in the order of their last changes."""
         before = self.revision - len(self._recent)
-        log = [entry.id for entry in self._recent[max(0, revision - before) :]]
+        log = self._recent[max(0, revision - before) :]
         if revision < before:
             log = self._settled[bisect.bisect_right(self._settled_at, revision) :] + log
-        return list(dict.fromkeys(reversed(log)))[::-1]
-
-
-def _revision(entry: Job | JobRecord) -> int:
-    return entry._revision if isinstance(entry, Job) else entry.revision
+        last = {record.id: record for record in reversed(log)}
+        return list(last.values())[::-1]
 
 
 class MemoryStorage(Storage):
@@ -133,9 +105,6 @@ class MemoryStorage(Storage):
 
     What it is given is kept by reference, and what it gives is a copy of the record around the same objects. So what a
     job notes in its metadata is in the record at once; but what is stored as metadata does not show in the job.
-
-    The jobs of an evaluator are their own records until somebody else stores something of them: with tiny jobs, making
-    records that nobody reads would be a good part of all there is to do.
     """
 
     by_reference = True
@@ -166,14 +135,13 @@ class MemoryStorage(Storage):
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         with self._lock:
             search = self._search(search_id)
-            kept, number, revision = search.entries, search.next_number, search.revision
+            kept, number, revision = search.records, search.next_number, search.revision
             for record in records:
                 revision += 1
                 record.id, record.revision = f"{search_id}.{number}", revision
                 number += 1
                 kept[record.id] = record
             search.next_number = number
-            search.has_records = True
             search.log(records)
 
     def update(self, changes: Sequence[JobChange]) -> None:
@@ -181,7 +149,8 @@ class MemoryStorage(Storage):
             return
         with self._lock:
             search = self._search_of(changes[0].id)
-            records = [search.record(change.id) for change in changes]
+            known = search.records
+            records = [known.get(change.id) for change in changes]
             if all(records):  # all of one search, as nearly always
                 search.apply(changes, cast("list[JobRecord]", records))
                 return
@@ -189,46 +158,14 @@ class MemoryStorage(Storage):
             for change, (search, record) in zip(changes, found, strict=True):
                 search.apply((change,), (record,))
 
-    @property
-    def keeps_jobs(self) -> bool:
-        return type(self) is MemoryStorage  # what is derived from it shall see each insert and each update
-
-    def number(self, search_id: str, count: int) -> list[str]:
-        with self._lock:
-            search = self._search(search_id)
-            first = search.next_number
-            search.next_number += count
-        return [f"{search_id}.{number}" for number in range(first, first + count)]
-
-    def keep(self, jobs: Sequence[Job]) -> None:
-        with self._lock:
-            search = self._search_of(jobs[0].id)
-            entries = search.entries
-            for revision, job in enumerate(jobs, search.revision + 1):
-                entries[job.id] = job
-                job._revision = revision
-            search.log(jobs)
-
-    def note(self, jobs: Sequence[Job]) -> None:
-        with self._lock:
-            search = self._search_of(jobs[0].id)
-            entries = search.entries
-            kept = [job for job in jobs if entries.get(job.id) is job] if search.has_records else jobs
-            for revision, job in enumerate(kept, search.revision + 1):
-                job._revision = revision
-            search.log(kept)
-        if len(kept) < len(jobs):  # records were made of the others meanwhile
-            others = [job for job in jobs if entries.get(job.id) is not job]
-            self.update([JobChange.of(job, job.context.owner) for job in others])
-
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
         with self._lock:
-            return [self._copy(job_id) for job_id in job_ids]
+            return [search.copy(record) for search, record in map(self._find, job_ids)]
 
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
         with self._lock:
             search = self._search(search_id)
-            return [self._copy(job_id) for job_id in search.changed_since(since)], search.revision
+            return [search.copy(record) for record in search.changed_since(since)], search.revision
 
     def renew(self, owner: str, seconds: float) -> None:
         with self._lock:
@@ -275,13 +212,7 @@ class MemoryStorage(Storage):
 
     def _find(self, job_id: str) -> tuple[_Search, JobRecord]:
         search = self._search_of(job_id)
-        return search, _known(job_id, search.record(job_id))
-
-    def _copy(self, job_id: str) -> JobRecord:
-        return _known(job_id, self._search_of(job_id).copy(job_id))
-
-
-def _known(job_id: str, record: JobRecord | None) -> JobRecord:
-    if record is None:
-        raise UnknownIdError(f"no job {job_id!r} in this storage")
-    return record
+        record = search.records.get(job_id)
+        if record is None:
+            raise UnknownIdError(f"no job {job_id!r} in this storage")
+        return search, record

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from paraval.job import HPOJob, Job, JobStatus
+from paraval.job import HPOJob, Job
 from paraval.outcome import JobError, Outcome
 
-__all__ = ["JobChange", "JobRecord", "adopt", "record_of"]
+__all__ = ["JobChange", "JobRecord", "adopt"]
 
 
 class JobRecord(msgspec.Struct, gc=False, omit_defaults=True):
@@ -63,7 +63,7 @@ class JobRecord(msgspec.Struct, gc=False, omit_defaults=True):
     @property
     def outcome(self) -> Outcome:
         """What became of the job, where it has ended."""
-        return Outcome(self.out, self.error, cancelled=self.status == _CANCELLED._value_)
+        return Outcome(self.out, self.error, cancelled=self.status == _CANCELLED)
 
     def outcome_for(self, job_class: type[Job]) -> Outcome:
         """Give what became of a job of this class: its several objectives are a tuple, which stores keep as a list."""
@@ -83,31 +83,6 @@ class JobRecord(msgspec.Struct, gc=False, omit_defaults=True):
         }
 
 
-def record_of(job: Job) -> JobRecord:
-    """Make the record of a job that a storage keeps."""
-    record = JobRecord(
-        job.id,
-        _READY,
-        (job.args,),
-        metadata=job.metadata,
-        function=job.context.function_name,
-        owner=job.context.owner,
-        revision=job._revision,
-    )
-    if job._started is not None or job._status in (_DONE, _CANCELLED):  # what was answered from a storage never began
-        JobChange.of(job).apply_to(record)
-    return record
-
-
-def _out(job: Job) -> Any:
-    if type(job) is Job:  # asking it would be a detour
-        return job.output
-    try:
-        return job.stored_output
-    except Exception:  # noqa: BLE001 - a subclass's is user code; the job has failed by that already
-        return None
-
-
 def adopt(record: JobRecord, owner: str) -> None:
     """Give a job to a new owner, who runs it anew."""
     if record.status == _RUNNING:
@@ -115,8 +90,7 @@ def adopt(record: JobRecord, owner: str) -> None:
     record.status, record.out, record.error, record.owner = _READY, None, None, owner
 
 
-_READY, _RUNNING = JobStatus.READY.value, JobStatus.RUNNING.value
-_DONE, _CANCELLED = JobStatus.DONE, JobStatus.CANCELLED
+_READY, _RUNNING, _CANCELLED = 0, 1, 4  # of JobStatus
 
 
 class JobChange(msgspec.Struct, gc=False):
@@ -136,15 +110,6 @@ class JobChange(msgspec.Struct, gc=False):
     intermediate: tuple[float, Any] | None = None
     extra: dict[str, Any] | None = None
     by: str | None = None
-
-    @classmethod
-    def of(cls, job: Job, by: str | None = None) -> JobChange:
-        """Make what is stored of a job that runs, or has ended."""
-        status = job._status
-        if status is _DONE or status is _CANCELLED:
-            # Enum.value would be a detour.
-            return cls(job.id, status=status._value_, out=_out(job), error=job.error, metadata=job.metadata, by=by)
-        return cls(job.id, status=_RUNNING, by=by)
 
     def apply_to(self, record: JobRecord) -> None:  # noqa: C901 - one question for each field, in the hot path
         """Change the record. Its first metadata dict is taken over, not copied."""

@@ -55,7 +55,7 @@ class Watch:
     def interrupt(self, worker: Worker, job: Job, reason: JobError) -> None:
         """Make a running job stop; it is settled when it has, or when it would not."""
         settling = self._settling
-        if job.id in settling.reasons:
+        if job.id in settling.reasons or job.id not in settling.open:
             return
         settling.reasons[job.id] = reason
         job._status = JobStatus.CANCELLING

@@ -79,6 +79,8 @@ class Packer:
 
     async def pack(self, jobs: Sequence[Job]) -> Parcel:
         """Give jobs as they are sent."""
+        if len(jobs) == 1 and is_plain(jobs[0].args):
+            return Parcel([(jobs[0].id, jobs[0].args)])
         items: list[tuple[str, Any]] = [(job.id, job.args) for job in jobs]
         if are_plain_dicts([args for _, args in items]):  # as a rule
             return Parcel(items)

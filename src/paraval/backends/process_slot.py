@@ -21,7 +21,7 @@ from paraval.job import Job, JobStatus
 from paraval.loops import call_in_thread
 from paraval.memory import WatchedProcess
 from paraval.outcome import JobError, Outcome, all_returned
-from paraval.worker.main import Sealed
+from paraval.worker.main import PAIR, Sealed
 from paraval.worker.pickling import PicklingFailed, PiecewisePickler
 
 if TYPE_CHECKING:
@@ -269,12 +269,18 @@ class ProcessSlot(Slot):
             outcomes = all_returned(values)
         else:
             outcomes = [outcome_of_worker(errors.get(place), value) for place, value in enumerate(values)]
-        both = struct.unpack(f"{2 * count}d", times)
-        batch.finish_all(jobs, outcomes, both[:count], both[count:])
+        if count == 1:
+            batch.finish_sent(jobs[0], outcomes[0], *PAIR.unpack(times))
+        else:
+            both = struct.unpack(f"{2 * count}d", times)
+            batch.finish_all(jobs, outcomes, both[:count], both[count:])
         self._go_on(batch)
 
     def _load(self, number: int) -> _Load | None:
-        return next((load for load in self._loads if load.number == number), None)
+        for load in self._loads:  # the first one, as a rule
+            if load.number == number:
+                return load
+        return None
 
     def _go_on(self, batch: Batch) -> None:
         """Where the first load is through, the worker is at the next one."""

@@ -30,7 +30,17 @@ class _Search:
     grown long it is merged into the second.
     """
 
-    __slots__ = ("_recent", "_settled", "_settled_at", "next_number", "notes", "records", "revision", "values")
+    __slots__ = (
+        "_most_recent",
+        "_recent",
+        "_settled",
+        "_settled_at",
+        "next_number",
+        "notes",
+        "records",
+        "revision",
+        "values",
+    )
 
     def __init__(self) -> None:
         self.next_number = 0
@@ -41,10 +51,11 @@ class _Search:
         self._settled: list[JobRecord] = []
         self._settled_at: list[int] = []
         self._recent: list[JobRecord] = []
+        self._most_recent = _MANY
 
     def apply(self, changes: Sequence[JobChange], records: Sequence[JobRecord]) -> None:
         """Apply each change to its record, but for those that another owner wants."""
-        revision, notes, changed = self.revision, self.notes, []
+        revision, notes, recent = self.revision, self.notes, self._recent
         try:
             for change, record in zip(changes, records, strict=True):
                 by = change.by
@@ -57,9 +68,11 @@ class _Search:
                     self.note(metadata, change, record)
                 revision += 1
                 record.revision = revision
-                changed.append(record)
+                recent.append(record)
         finally:  # a change that cannot be applied, as its metadata is no dict, does not hide those before it
-            self.log(changed)
+            self.revision = revision
+            if len(recent) > self._most_recent:
+                self._merge()
 
     def note(self, metadata: dict[str, Any], change: JobChange, record: JobRecord) -> None:
         """Apply a change that has metadata."""
@@ -81,14 +94,22 @@ class _Search:
             copied.budgets, copied.objectives = list(record.budgets), list(record.objectives)
         return copied
 
-    def log(self, changed: Sequence[JobRecord]) -> None:
-        """Note that records have changed, the next revisions being theirs."""
-        self.revision += len(changed)
-        self._recent += changed
-        if len(self._recent) > 4 * len(self.records) + _MANY:  # so that merging costs little for each change
-            self._settled = self.changed_since(0)
-            self._settled_at = [record.revision for record in self._settled]
-            self._recent = []
+    def add(self, records: Sequence[JobRecord]) -> None:
+        """Add new records, which have their ids and revisions."""
+        self.records.update([(record.id, record) for record in records])
+        self.revision += len(records)
+        self._recent += records
+        self._most_recent = 4 * len(self.records) + _MANY  # so that merging costs little for each change
+
+    def touch(self, record: JobRecord) -> None:
+        """Note that a record has changed."""
+        self.revision = record.revision = self.revision + 1
+        self._recent.append(record)
+
+    def _merge(self) -> None:
+        self._settled = self.changed_since(0)
+        self._settled_at = [record.revision for record in self._settled]
+        self._recent = []
 
     def changed_since(self, revision: int) -> list[JobRecord]:
         """Give the records that have changed after a revision, in the order of their last changes."""
@@ -135,14 +156,12 @@ class MemoryStorage(Storage):
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         with self._lock:
             search = self._search(search_id)
-            kept, number, revision = search.records, search.next_number, search.revision
-            for record in records:
-                revision += 1
-                record.id, record.revision = f"{search_id}.{number}", revision
-                number += 1
-                kept[record.id] = record
-            search.next_number = number
-            search.log(records)
+            for number, record in enumerate(records, search.next_number):
+                record.id = f"{search_id}.{number}"
+            for revision, record in enumerate(records, search.revision + 1):
+                record.revision = revision
+            search.next_number += len(records)
+            search.add(records)
 
     def update(self, changes: Sequence[JobChange]) -> None:
         if not changes:
@@ -183,8 +202,7 @@ class MemoryStorage(Storage):
             adopted = [(search, record) for search, record, revision in found if record.revision == revision]
             for search, record in adopted:
                 adopt(record, owner)
-                record.revision = search.revision + 1
-                search.log((record,))
+                search.touch(record)
             return {record.id for _, record in adopted}
 
     def put_value(self, search_id: str, key: str, value: Any) -> None:

@@ -272,15 +272,18 @@ class Engine:
         for worker in self._workers:
             for job in () if worker.batch is None else worker.batch.in_hand:
                 self._watch.interrupt(worker, job, reason)
-        self._end_waiting(deque(waiting), reason)
+        if self._settings.notifier.callbacks:  # which may take long: what was interrupted shall be told first
+            self._deadlines.add(self._clock() + _PAUSE_S, lambda _now: self._end_waiting(deque(waiting), reason))
+        else:
+            settling.settle_all([job.id for job in waiting], reason)
         if settling.open.keys() - settling.reasons.keys():  # a thread was taking one this very moment
             self._deadlines.add(self._clock() + 0.01, lambda now: self._stop_the_rest(reason, now))
 
     def _end_waiting(self, jobs: deque[Job], reason: JobError) -> None:
-        """Settle jobs that nobody has begun; where callbacks hear of each, in turns with what stops those that run."""
+        """Settle jobs that nobody has begun, in turns with what stops those that run; but for a close all at once."""
         end = self._clock() + _TURN_S
         while jobs and self._clock() < end:
-            count = 1 if self._settings.notifier.callbacks else len(jobs)
+            count = len(jobs) if self._recorder.closing else 1
             self._settling.settle_all([jobs.popleft().id for _ in range(count)], reason)
         if jobs:
             self._deadlines.add(self._clock() + _PAUSE_S, lambda _now: self._end_waiting(jobs, reason))

@@ -7,14 +7,14 @@ is not given up within one.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import anyio
 
 from paraval.job import Job
 from paraval.loops import call_in_thread
-from paraval.outcome import JobError, Outcome, returned
+from paraval.outcome import JobError, Outcome, all_returned, returned
 from paraval.worker.main import Sealed
 from paraval.worker.pickling import (
     PicklingFailed,
@@ -32,6 +32,7 @@ __all__ = [
     "is_large",
     "load",
     "outcome_of_worker",
+    "outcomes_of_worker",
     "unpack",
     "unpack_frame",
     "unpicklable",
@@ -40,6 +41,7 @@ __all__ = [
 LARGE: Final = 1 << 18
 """So many bytes take some 5 ms, if they are small objects."""
 _NAME: Final = "the arguments"
+_WRAPPED: Final = frozenset({Sealed, Outcome})
 
 
 class Parcel(NamedTuple):
@@ -149,8 +151,14 @@ def _unpack_frame_slowly(data: memoryview) -> tuple[Any, ...]:
     if frame[0] != "done":
         return frame
     *fields, errors, values = frame
-    outcomes = [outcome_of_worker(errors.get(place), value) for place, value in enumerate(values)]
-    return (*fields, {}, outcomes)
+    return (*fields, {}, outcomes_of_worker(errors, values))
+
+
+def outcomes_of_worker(errors: Mapping[int, tuple[Any, ...]], values: Sequence[Any]) -> list[Outcome]:
+    """Make the outcomes of what a worker sent of several jobs: the errors by their places, and the values."""
+    if not errors and _WRAPPED.isdisjoint(map(type, values)):  # as a rule
+        return all_returned(values)
+    return [outcome_of_worker(errors.get(place), value) for place, value in enumerate(values)]
 
 
 def outcome_of_worker(error: tuple[Any, ...] | None, value: Any) -> Outcome:

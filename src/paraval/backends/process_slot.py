@@ -15,13 +15,12 @@ import anyio
 
 from paraval.backends.base import Batch, RunSpec, Slot, WorkerDiedError
 from paraval.backends.channel import Frame
-from paraval.backends.packing import Packer, outcome_of_worker, unpack_frame, unpicklable
+from paraval.backends.packing import Packer, outcomes_of_worker, unpack_frame, unpicklable
 from paraval.backends.storage_call import StorageCall
 from paraval.job import Job, JobStatus
 from paraval.loops import call_in_thread
 from paraval.memory import WatchedProcess
-from paraval.outcome import JobError, Outcome, all_returned
-from paraval.worker.main import PAIR, Sealed
+from paraval.outcome import JobError, Outcome
 from paraval.worker.pickling import PicklingFailed, PiecewisePickler
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ _PASSING: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 _PAUSES_S: Final = (0.05, 0.1, 0.25, 0.5)
 """How long that moment may be, each time."""
 _OF_JOBS: Final = frozenset({"done", "back", "begun"})
-_WRAPPED: Final = frozenset({Sealed, Outcome})
 
 
 class _Load(NamedTuple):
@@ -265,15 +263,8 @@ class ProcessSlot(Slot):
         jobs = load.jobs[at : at + count]
         if self._backend.is_captured:
             self._attach_output(process, jobs)
-        if not errors and _WRAPPED.isdisjoint(map(type, values)):
-            outcomes = all_returned(values)
-        else:
-            outcomes = [outcome_of_worker(errors.get(place), value) for place, value in enumerate(values)]
-        if count == 1:
-            batch.finish_sent(jobs[0], outcomes[0], *PAIR.unpack(times))
-        else:
-            both = struct.unpack(f"{2 * count}d", times)
-            batch.finish_all(jobs, outcomes, both[:count], both[count:])
+        both = struct.unpack(f"{2 * count}d", times)
+        batch.finish_all(jobs, outcomes_of_worker(errors, values), both[:count], both[count:])
         self._go_on(batch)
 
     def _load(self, number: int) -> _Load | None:

@@ -156,10 +156,8 @@ class MemoryStorage(Storage):
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         with self._lock:
             search = self._search(search_id)
-            for number, record in enumerate(records, search.next_number):
-                record.id = f"{search_id}.{number}"
-            for revision, record in enumerate(records, search.revision + 1):
-                record.revision = revision
+            for at, record in enumerate(records):
+                record.id, record.revision = f"{search_id}.{search.next_number + at}", search.revision + 1 + at
             search.next_number += len(records)
             search.add(records)
 

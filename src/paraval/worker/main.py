@@ -52,7 +52,7 @@ from paraval.outcome import JobError, error_from_exception
 from paraval.worker.output import flush_output, unbuffer_output
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
-__all__ = ["HEAD", "MESSAGE", "PAIR", "Sealed", "Setup", "exit_fork", "is_one_of", "main", "sendable"]
+__all__ = ["HEAD", "MESSAGE", "Sealed", "Setup", "exit_fork", "is_one_of", "main", "sendable"]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
@@ -62,10 +62,6 @@ HEAD: Final = 8
 """Bytes of the number before a message on the tray."""
 MESSAGE: Final = 1 << 16
 """Bytes of the largest message there, with its number."""
-
-
-PAIR: Final = struct.Struct("2d")
-"""When one job began, and when it ended."""
 
 
 class Setup(NamedTuple):
@@ -415,9 +411,9 @@ class Worker:
         """Send back what was not begun."""
         with self._state:
             at = self._told + len(self._starts)
-            is_all = not self._todo
+            is_any = bool(self._todo)
             self._todo.clear()
-        if not is_all:
+        if is_any:
             self._report()
             self._send(("back", self._seen, at, None))
 
@@ -483,10 +479,7 @@ class Worker:
         with self._state:
             count = len(self._ends)
             if count:
-                if count == 1:
-                    times = PAIR.pack(self._starts[0], self._ends[0])
-                else:
-                    times = struct.pack(f"{2 * count}d", *self._starts[:count], *self._ends)
+                times = struct.pack(f"{2 * count}d", *self._starts[:count], *self._ends)
                 # Under the lock: outcomes must not overtake a "back".
                 self._send(("done", self._seen, self._told, times, self._errors, self._values))
                 self._told += count

@@ -94,12 +94,17 @@ class _Search:
             copied.budgets, copied.objectives = list(record.budgets), list(record.objectives)
         return copied
 
-    def add(self, records: Sequence[JobRecord]) -> None:
-        """Add new records, which have their ids and revisions."""
-        self.records.update([(record.id, record) for record in records])
-        self.revision += len(records)
+    def add(self, search_id: str, records: Sequence[JobRecord]) -> None:
+        """Number new records, and add them."""
+        kept, number, revision = self.records, self.next_number, self.revision
+        for record in records:
+            revision += 1
+            record.id, record.revision = f"{search_id}.{number}", revision
+            number += 1
+            kept[record.id] = record
+        self.next_number, self.revision = number, revision
         self._recent += records
-        self._most_recent = 4 * len(self.records) + _MANY  # so that merging costs little for each change
+        self._most_recent = 4 * number + _MANY  # so that merging costs little for each change
 
     def touch(self, record: JobRecord) -> None:
         """Note that a record has changed."""
@@ -155,16 +160,16 @@ class MemoryStorage(Storage):
 
     def insert(self, search_id: str, records: Sequence[JobRecord]) -> None:
         with self._lock:
-            search = self._search(search_id)
-            for at, record in enumerate(records):
-                record.id, record.revision = f"{search_id}.{search.next_number + at}", search.revision + 1 + at
-            search.next_number += len(records)
-            search.add(records)
+            self._search(search_id).add(search_id, records)
 
     def update(self, changes: Sequence[JobChange]) -> None:
         if not changes:
             return
         with self._lock:
+            if len(changes) == 1:  # what is made for many costs a job that comes alone twice as much
+                search, record = self._find(changes[0].id)
+                search.apply(changes, (record,))
+                return
             search = self._search_of(changes[0].id)
             known = search.records
             records = [known.get(change.id) for change in changes]

@@ -52,7 +52,7 @@ from paraval.outcome import JobError, error_from_exception
 from paraval.worker.output import flush_output, unbuffer_output
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
-__all__ = ["HEAD", "MESSAGE", "Sealed", "Setup", "exit_fork", "is_one_of", "main", "sendable"]
+__all__ = ["HEAD", "MESSAGE", "PAIR", "Sealed", "Setup", "exit_fork", "is_one_of", "main", "sendable"]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
@@ -62,6 +62,9 @@ HEAD: Final = 8
 """Bytes of the number before a message on the tray."""
 MESSAGE: Final = 1 << 16
 """Bytes of the largest message there, with its number."""
+
+PAIR: Final = struct.Struct("2d")
+"""When one job began, and when it ended."""
 
 
 class Setup(NamedTuple):

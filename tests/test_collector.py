@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import anyio
@@ -88,7 +89,7 @@ def test_what_somebody_else_sets_meanwhile_stays() -> None:
 
 def test_what_a_program_has_frozen_stays_frozen() -> None:
     gc.freeze()
-    with collector_at_rest(ages=True):
+    with collector_at_rest(1):
         assert not gc.isenabled()
     assert gc.isenabled()
     assert gc.get_freeze_count()
@@ -96,6 +97,41 @@ def test_what_a_program_has_frozen_stays_frozen() -> None:
 
 def test_a_program_without_a_collector_stays_without() -> None:
     gc.disable()
-    with collector_at_rest(ages=True):
+    with collector_at_rest(1):
         pass
     assert not gc.isenabled()
+
+
+class Node:
+    """Refers to itself, so that nobody but the collector frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def is_old(thing: object) -> bool:
+    return any(one is thing for one in gc.get_objects(generation=2))
+
+
+def test_what_stays_is_old_at_once_and_what_was_garbage_before_is_gone() -> None:
+    gc.collect()
+    garbage = weakref.ref(Node())
+    with collector_at_rest(10):
+        assert garbage() is None
+        stays = Node()
+    assert gc.isenabled()
+    assert is_old(stays)
+
+
+def test_there_is_a_full_pass_however_many_stay() -> None:
+    gc.collect()
+    old = []
+    for _ in range(12):
+        with collector_at_rest(10_000):
+            node = Node()
+        old.append(is_old(node))
+    assert old == [True] * 10 + [False] * 2
+    gc.collect()
+    with collector_at_rest(10_000):
+        node = Node()
+    assert is_old(node)

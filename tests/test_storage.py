@@ -7,7 +7,7 @@ import multiprocessing
 import pickle
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
 import redis_server as real
 from paraval import Evaluator, HPOJob, Job, JobError, JobStatus, ParavalError, RunningJob
@@ -31,7 +31,9 @@ from paraval.storage import (
     SqliteStorage,
     Storage,
     UnknownIdError,
+    memory,
 )
+from paraval.storage.records import JobEnds, NewJobs
 from redis_server import new_prefix
 from support import METHODS, Stage, configurations, double, ids, in_threads, make, outputs, until
 
@@ -292,6 +294,102 @@ class ScannedStorage(RuleBasedStateMachine):
 
 TestScannedStorage = ScannedStorage.TestCase
 TestScannedStorage.settings = settings(max_examples=30, stateful_step_count=20)
+
+
+class OneByOne(MemoryStorage):
+    """What is derived from the memory storage takes jobs one by one, as any store does."""
+
+
+class Columns(RuleBasedStateMachine):
+    """What is inserted and ended in columns is as what is inserted and changed one by one, whatever happens between."""
+
+    jobs = Bundle("jobs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages = MemoryStorage(), OneByOne()
+        self.metadata: tuple[dict[str, dict[str, Any]], ...] = ({}, {})
+        self.many, memory._MANY = memory._MANY, 5  # so that its log is merged now and then
+        for storage in self.storages:
+            assert [storage.create_new_search(), storage.create_new_search()] == ["0", "1"]
+
+    def teardown(self) -> None:
+        memory._MANY = self.many
+
+    def do(self, action: Callable[[Storage], object]) -> Any:
+        """Do it with both, and give what both give."""
+        first, second = (action(storage) for storage in self.storages)
+        assert first == second
+        return first
+
+    @rule(target=jobs, search_id=st.sampled_from("00001"), count=st.integers(1, 4), is_private=st.booleans())
+    def insert(self, search_id: str, count: int, is_private: bool) -> Any:
+        made: list[list[str]] = []
+        for storage, metadata in zip(self.storages, self.metadata, strict=True):
+            new = [{"at": number} for number in range(count)]
+            args = [{"x": number} for number in range(count)]
+            made.append(storage.insert_jobs(search_id, NewJobs(args, new, "run", "me", is_private)))
+            metadata.update(zip(made[-1], new, strict=True))
+        assert made[0] == made[1]
+        return multiple(*made[0])
+
+    @rule(target=jobs, search_id=st.sampled_from("01"))
+    def create(self, search_id: str) -> Any:
+        return self.do(lambda storage: storage.create_new_job(search_id))
+
+    @rule(
+        job_ids=st.lists(jobs, min_size=1, max_size=8, unique=True),
+        by=st.sampled_from(["me", "me", "other"]),
+        is_their_own=st.booleans(),
+        in_order=st.booleans(),
+    )
+    def end(self, job_ids: list[str], by: str, is_their_own: bool, in_order: bool) -> None:
+        job_ids = [job_id for job_id in job_ids if job_id[0] == job_ids[0][0]]
+        job_ids = sorted(job_ids) if in_order else job_ids
+        for storage, known in zip(self.storages, self.metadata, strict=True):
+            metadata = [known.get(job_id, {}) if is_their_own else {"new": 1} for job_id in job_ids]
+            statuses = [2 + 2 * (number % 2) for number, _ in enumerate(job_ids)]
+            errors = [JobError("cancelled", "why") if status == 4 else None for status in statuses]
+            storage.end_jobs(JobEnds(job_ids, statuses, list(range(len(job_ids))), errors, metadata, by))
+
+    @rule(job_id=jobs, unknown=st.sampled_from(["0.99", "1.-1", "0.00", "0.x", "7.0", "0"]))
+    def end_one_that_does_not_exist(self, job_id: str, unknown: str) -> None:
+        for storage in self.storages:
+            before = storage.scan(job_id[0])
+            with pytest.raises(UnknownIdError):
+                storage.end_jobs(JobEnds([job_id, unknown], [2, 2], [1, 1], [None] * 2, [{}, {}], "me"))
+            assert storage.scan(job_id[0]) == before
+
+    @rule(job_id=jobs, value=st.integers(0, 3), times=st.sampled_from([1, 1, 50]))
+    def change(self, job_id: str, value: int, times: int) -> None:
+        self.do(lambda storage: [storage.store_job_status(job_id, value) for _ in range(times)])
+        self.do(lambda storage: storage.store_job_metadata(job_id, "at", value))
+        self.do(lambda storage: storage.store_job_intermediate(job_id, 1, value))
+
+    @rule(job_id=jobs)
+    def note(self, job_id: str) -> None:
+        for known in self.metadata:
+            known.get(job_id, {})["noted"] = 1  # which is in the record by reference
+
+    @rule(job_id=jobs, owner=st.sampled_from(["me", "other"]))
+    def adopt(self, job_id: str, owner: str) -> None:
+        self.do(lambda storage: storage.adopt({job_id: storage.get([job_id])[0].revision}, owner))
+
+    @rule(search_id=st.sampled_from("01"), since=st.integers(0, 50))
+    def scan(self, search_id: str, since: int) -> None:
+        self.do(lambda storage: storage.scan(search_id, since))
+
+    @invariant()
+    def both_hold_the_same(self) -> None:
+        for search_id in "01":
+            records, revision = self.do(lambda storage, it=search_id: storage.scan(it))  # type: ignore[misc] # the default binds it now
+            assert [record.revision for record in records] == sorted({record.revision for record in records})
+            assert revision == max([record.revision for record in records], default=0)
+            assert self.do(lambda storage, them=records: storage.get(it.id for it in them)) == records  # type: ignore[misc] # likewise
+
+
+TestColumns = Columns.TestCase
+TestColumns.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 # -- many threads ------------------------------------------------------------------------------------------------------

@@ -144,9 +144,7 @@ async def _run(
         group.cancel_scope.cancel()
     with anyio.CancelScope(shield=True):
         await slot.close()
-    for _, outcome, _ in batch.collect():
-        return outcome
-    return Outcome(error=JobError("cancelled", "the job was asked to stop"))
+    return batch.outcome() or Outcome(error=JobError("cancelled", "the job was asked to stop"))
 
 
 async def _cancel_when_stopped(scope: anyio.CancelScope, job: RunningJob | None, stop: threading.Event | None) -> None:

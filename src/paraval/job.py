@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from paraval.errors import WrongTypeError
 from paraval.outcome import JobError, Objective, Outcome, error_from_exception, is_failure, standardize
@@ -17,7 +17,18 @@ from paraval.outcome import JobError, Objective, Outcome, error_from_exception, 
 if TYPE_CHECKING:
     from paraval.storage import Storage
 
-__all__ = ["HPOJob", "Job", "JobContext", "JobStatus", "JobTiming", "LiveJob", "RunningJob", "running_job"]
+__all__ = [
+    "OURS",
+    "HPOJob",
+    "Job",
+    "JobContext",
+    "JobStatus",
+    "JobTiming",
+    "LiveJob",
+    "RunningJob",
+    "make_jobs",
+    "running_job",
+]
 
 
 class JobStatus(Enum):
@@ -216,7 +227,7 @@ class Job:
             error = JobError("exception", "execute() returned the job without an output", type="TypeError")
         if error is not None:
             self._set_error(error)
-        if type(self) not in _OURS:
+        if type(self) not in OURS:
             self._try_what_is_overridden()
         self._status = _CANCELLED if cancelled else _DONE
 
@@ -298,6 +309,35 @@ class HPOJob(Job):
         """Take the failure: the objective becomes ``"F_reason"``."""
         self.error = error
         self.output = {"objective": error.reason}
+
+
+def make_jobs(
+    job_class: type[Job],
+    ids: Sequence[str],
+    all_args: Sequence[dict[str, Any]],
+    all_metadata: Sequence[dict[str, Any]],
+    run_function: Callable[..., Any],
+    storage: Storage,
+    context: JobContext,
+    submitted: float,
+) -> list[Job]:
+    """Make jobs of one of OURS as its constructor does, in two thirds of the time."""
+    jobs = []
+    for job_id, args, metadata in zip(ids, all_args, all_metadata, strict=True):
+        job: Job = object.__new__(job_class)
+        job.id = job_id
+        job.args = args
+        job.run_function = run_function
+        job.storage = storage
+        job.output = None
+        job.metadata = metadata
+        job.error = None
+        job.context = context
+        job._status = _READY
+        job._submitted = submitted
+        job._started = job._finished = job._gathered = None
+        jobs.append(job)
+    return jobs
 
 
 class LiveJob:
@@ -451,5 +491,5 @@ _READY = JobStatus.READY
 _RUNNING = JobStatus.RUNNING
 _DONE = JobStatus.DONE
 _CANCELLED = JobStatus.CANCELLED
-_OURS = frozenset({Job, HPOJob})
+OURS: Final = frozenset({Job, HPOJob})
 _STOPPING = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final, Literal
 
 import anyio
 
-from paraval.backends.batch import Batch, Ended
+from paraval.backends.batch import Batch, Ended, Returned
 from paraval.functions import has_own_process
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.storage import Storage
@@ -25,6 +25,7 @@ __all__ = [
     "Batch",
     "Cancellation",
     "Ended",
+    "Returned",
     "RunSpec",
     "Slot",
     "WorkerDiedError",

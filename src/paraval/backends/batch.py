@@ -5,16 +5,39 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from paraval.job import Job, JobStatus
-from paraval.outcome import Outcome
+from paraval.outcome import Outcome, all_returned, returned
 
-__all__ = ["Batch", "Ended"]
+__all__ = ["Batch", "Ended", "Returned"]
 
 Ended = tuple[Job, Outcome, float]
 """A job, what became of it, and when, in seconds on the evaluator's clock."""
+
+
+class Returned(NamedTuple):
+    """Several jobs, in their order, all of which returned: what became of them, in columns."""
+
+    jobs: Sequence[Job]
+    ids: Sequence[str]
+    values: Sequence[Any]
+    starts: Sequence[float]
+    ends: Sequence[float]
+
+    def longest_s(self) -> float:
+        """Say how many seconds the longest of them took."""
+        return max(end - start for start, end in zip(self.starts, self.ends, strict=True))
+
+    def each(self) -> Iterator[Ended]:
+        """Say it of one after the other."""
+        for job, value, started, finished in zip(self.jobs, self.values, self.starts, self.ends, strict=True):
+            if job._status is not _CANCELLED:  # else it was given up
+                job._started = started
+            yield job, returned(value), finished
+
 
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _READY: Final = JobStatus.READY
@@ -96,7 +119,7 @@ class Batch:
         self._size = len(jobs)
         jobs.reverse()
         self._todo = jobs  # the next one is at the end
-        self._finished: list[Ended] = []
+        self._finished: list[Ended | Returned] = []
         self._returned: list[Job] | None = None
         self._sent: dict[str, Job] | None = None
         self._clock = clock
@@ -148,7 +171,7 @@ class Batch:
         for job in jobs:
             job._started = now
             job._status = _RUNNING
-        self._sent = {job.id: job for job in jobs}
+        self._sent = dict(zip([job.id for job in jobs], jobs, strict=True))
         if len(jobs) == 1:
             self.current = jobs[0]
         return self._sent
@@ -166,7 +189,7 @@ class Batch:
         """Say that the worker will find these when it is through with the others of :meth:`take_all`."""
         self._size += len(jobs)
         if self._sent is not None:
-            self._sent.update([(job.id, job) for job in jobs])
+            self._sent.update(zip([job.id for job in jobs], jobs, strict=True))
 
     def go_on(self, jobs: Sequence[Job]) -> None:
         """Say that the worker is at these jobs of :meth:`take_more` now, being through with those before."""
@@ -233,6 +256,23 @@ class Batch:
         self._finished += [one for one in ended if one[0] not in late] if late else ended
         self.last_end = ends[-1]
         self.shortest_s = min(self.shortest_s, *map(operator.sub, ends, starts))
+        if self.current is not None and self.current.id not in sent:
+            self.current = None
+
+    def finish_returned(
+        self, jobs: Sequence[Job], values: Sequence[Any], starts: Sequence[float], ends: Sequence[float]
+    ) -> None:
+        """Do the same for jobs that all returned, at a fraction of the cost."""
+        sent = self._sent or {}
+        ids = [job.id for job in jobs]
+        if not all(map(sent.__contains__, ids)):  # one was settled meanwhile
+            self.finish_all(jobs, all_returned(values), starts, ends)
+            return
+        deque(map(sent.pop, ids), maxlen=0)  # a loop would cost twice as much
+        self._finished.append(Returned(jobs, ids, values, starts, ends))
+        self.last_end = ends[-1]
+        shortest_s = min(map(operator.sub, ends, starts))
+        self.shortest_s = min(self.shortest_s, shortest_s)
         if self.current is not None and self.current.id not in sent:
             self.current = None
 
@@ -317,7 +357,14 @@ class Batch:
         was_cut, self.was_cut = self.was_cut, False
         return None if was_cut else (ended, seconds, shortest_s)
 
-    def collect(self) -> list[Ended]:
+    def outcome(self) -> Outcome | None:
+        """Take the outcome of the only job; None if it has not ended."""
+        for ended in self.collect():
+            if not isinstance(ended, Returned):
+                return ended[1]
+        return None
+
+    def collect(self) -> list[Ended | Returned]:
         """Take the outcomes that were handed in since the last call."""
         count = len(self._finished)  # the slot may append one more at this moment; that one stays
         ended = self._finished[:count]

@@ -14,7 +14,7 @@ import anyio
 
 from paraval.job import Job
 from paraval.loops import call_in_thread
-from paraval.outcome import JobError, Outcome, all_returned, returned
+from paraval.outcome import JobError, Outcome, returned
 from paraval.worker.main import Sealed
 from paraval.worker.pickling import (
     PicklingFailed,
@@ -29,6 +29,7 @@ __all__ = [
     "LARGE",
     "Packer",
     "Parcel",
+    "are_values",
     "is_large",
     "load",
     "outcome_of_worker",
@@ -154,10 +155,13 @@ def _unpack_frame_slowly(data: memoryview) -> tuple[Any, ...]:
     return (*fields, {}, outcomes_of_worker(errors, values))
 
 
+def are_values(errors: Mapping[int, tuple[Any, ...]], values: Sequence[Any]) -> bool:
+    """Whether what a worker sent of several jobs is what they returned, as it is."""
+    return not errors and _WRAPPED.isdisjoint(map(type, values))
+
+
 def outcomes_of_worker(errors: Mapping[int, tuple[Any, ...]], values: Sequence[Any]) -> list[Outcome]:
     """Make the outcomes of what a worker sent of several jobs: the errors by their places, and the values."""
-    if not errors and _WRAPPED.isdisjoint(map(type, values)):  # as a rule
-        return all_returned(values)
     return [outcome_of_worker(errors.get(place), value) for place, value in enumerate(values)]
 
 

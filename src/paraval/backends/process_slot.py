@@ -15,7 +15,14 @@ import anyio
 
 from paraval.backends.base import Batch, RunSpec, Slot, WorkerDiedError
 from paraval.backends.channel import Frame
-from paraval.backends.packing import Packer, outcomes_of_worker, unpack_frame, unpicklable
+from paraval.backends.packing import (
+    Packer,
+    are_values,
+    outcome_of_worker,
+    outcomes_of_worker,
+    unpack_frame,
+    unpicklable,
+)
 from paraval.backends.storage_call import StorageCall
 from paraval.job import Job, JobStatus
 from paraval.loops import call_in_thread
@@ -264,12 +271,15 @@ class ProcessSlot(Slot):
         jobs = load.jobs[at : at + count]
         if self._backend.is_captured:
             self._attach_output(process, jobs)
-        outcomes = outcomes_of_worker(errors, values)
         if count == 1:  # what is made for many costs a job that comes alone three times as much
-            batch.finish_sent(jobs[0], outcomes[0], *PAIR.unpack(times))
+            batch.finish_sent(jobs[0], outcome_of_worker(errors.get(0), values[0]), *PAIR.unpack(times))
         else:
             both = struct.unpack(f"{2 * count}d", times)
-            batch.finish_all(jobs, outcomes, both[:count], both[count:])
+            starts, ends = both[:count], both[count:]
+            if are_values(errors, values):
+                batch.finish_returned(jobs, values, starts, ends)
+            else:
+                batch.finish_all(jobs, outcomes_of_worker(errors, values), starts, ends)
         self._go_on(batch)
 
     def _load(self, number: int) -> _Load | None:

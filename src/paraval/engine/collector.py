@@ -12,35 +12,53 @@ import threading
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["CollectorPace", "collector_at_rest"]
+__all__ = ["OBJECTS", "CollectorPace", "collector_at_rest"]
 
-_OBJECTS: Final = 10
+OBJECTS: Final = 10
 """About so many objects come and go with each job that runs."""
 _MANY: Final = 500
 """With fewer workers than that, the collector is left alone."""
+_MOST_AGED: Final = 100_000
+"""So many objects may grow old between two full passes without being counted: some 100 MB, if they are jobs."""
 
 
 @contextlib.contextmanager
-def collector_at_rest(*, ages: bool = False) -> Iterator[None]:
-    """Do without the garbage collector meanwhile, unless the program does without it anyway.
+def collector_at_rest(objects: int) -> Iterator[None]:
+    """Do without the garbage collector while objects are made that stay, unless the program does without it anyway.
 
-    It looks for garbage after so many new objects; among those that all stay, that takes longer than making them.
+    It looks for garbage after so many new objects; among those that all stay, that takes longer than making them. For
+    the same reason they are old at once, so that the next passes over the young do not meet them. Such objects are not
+    counted, which puts off the next full pass: so that it comes, there are only so many of them before it.
 
     Args:
-        ages: whether all objects are old afterwards, so that the next passes over the young do not meet them. They are
-            not counted as such, which may put off the next full pass: for what happens rarely.
+        objects: about how many are made.
     """
     if not gc.isenabled():
         yield
         return
+    ages = _may_age(objects)
+    if ages:
+        gc.collect(1)  # what is garbage already does not grow old with them
     gc.disable()
     try:
         yield
     finally:
-        if ages and not gc.get_freeze_count():  # else the program has frozen objects of its own, and they stay so
+        if ages:
             gc.freeze()
             gc.unfreeze()
         gc.enable()
+
+
+def _may_age(objects: int) -> bool:
+    global _aged, _full_passes  # noqa: PLW0603 - the collector belongs to the process, and so does what is known of it
+    if gc.get_freeze_count():  # the program has frozen objects of its own, and they stay so
+        return False
+    with _lock:
+        full_passes = gc.get_stats()[-1]["collections"]
+        if full_passes != _full_passes:
+            _full_passes, _aged = full_passes, 0
+        _aged += objects
+        return _aged <= _MOST_AGED
 
 
 class CollectorPace:
@@ -54,7 +72,7 @@ class CollectorPace:
         """Take note of how many workers the engine has."""
         if workers >= _MANY:
             with _lock:
-                _wanted[self] = max(_wanted.get(self, 0), workers * _OBJECTS)
+                _wanted[self] = max(_wanted.get(self, 0), workers * OBJECTS)
                 _set_thresholds()
 
     def drop(self) -> None:
@@ -66,6 +84,7 @@ class CollectorPace:
 
 _lock: Final = threading.Lock()
 _wanted: Final[dict[CollectorPace, int]] = {}
+_aged = _full_passes = 0
 _usual: tuple[int, int, int] | None = None
 _ours: tuple[int, int, int] | None = None
 

@@ -226,8 +226,7 @@ class Engine:
     # -- admitting -----------------------------------------------------------------------------------------------------
 
     def _admit(self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome], sources: Mapping[str, str]) -> None:
-        for job in jobs:
-            self._settling.open[job.id] = job
+        self._settling.open.update(zip([job.id for job in jobs], jobs, strict=True))
         if outcomes or sources:
             now = self._clock()
             self._settling.settle([(job, outcomes[job.id], now) for job in jobs if job.id in outcomes])

@@ -16,9 +16,10 @@ from paraval.engine.life.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
 from paraval.engine.running.following import take_over
 from paraval.errors import MaximumJobsSpawnReached, ParavalError, StorageError
-from paraval.job import Job, JobContext, JobStatus
+from paraval.job import OURS, Job, JobContext, JobStatus, make_jobs
 from paraval.outcome import Outcome, error_from_exception
 from paraval.storage import JobChange, JobRecord, Storage
+from paraval.storage.records import NewJobs
 from paraval.storage.writer import Writer, patiently
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ class Intake:
         return jobs
 
     def _launch_all(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
-        with collector_at_rest() if len(configurations) > _MANY else contextlib.nullcontext():
+        count = len(configurations)
+        with collector_at_rest(count) if count > _MANY else contextlib.nullcontext():
             new = self._make(configurations, is_private=private is not None)
         jobs = new.jobs
         self._ledger.expect(jobs, self._clock(), private)
@@ -191,21 +193,19 @@ class Intake:
         name, owner, now = self._function_name, self._owner, self._clock()
         all_args = [dict(configuration) for configuration in configurations]
         all_metadata = [{"timestamp_submit": now} for _ in configurations]
-        records = [
-            JobRecord(args=(args,), metadata=metadata, function=name, owner=owner, is_private=is_private)
-            for args, metadata in zip(all_args, all_metadata, strict=True)
-        ]
-        self._insert(records)
+        job_ids = self._insert(NewJobs(all_args, all_metadata, name, owner, is_private))
+        if len(job_ids) > 1 and make in OURS:
+            return make_jobs(make, job_ids, all_args, all_metadata, function, storage, context, now)
         jobs = []
         try:
-            for record, args, metadata in zip(records, all_args, all_metadata, strict=True):
-                job = make(record.id, args, function, storage)
+            for job_id, args, metadata in zip(job_ids, all_args, all_metadata, strict=True):
+                job = make(job_id, args, function, storage)
                 job.context = context
                 job._submitted = now
                 job.metadata = metadata
                 jobs.append(job)
         except BaseException as exc:  # a class of the user's
-            self._call_off([record.id for record in records], exc)
+            self._call_off(job_ids, exc)
             raise
         return jobs
 
@@ -216,19 +216,20 @@ class Intake:
         with contextlib.suppress(Exception):  # the storage may be what failed; and this is not what is to be told
             self._storage.update([JobChange(job_id, status=cancelled, error=error) for job_id in job_ids])
 
-    def _insert(self, records: list[JobRecord]) -> None:
+    def _insert(self, jobs: NewJobs) -> Sequence[str]:
         try:
             if self._writer is None:
-                self._storage.insert(self._search_id, records)
-            else:
-                # Where the storage is not to be called from where the jobs run, they run here.
-                is_here = self._context.record is not None
-                self._writer.insert(self._search_id, records, soon=is_here)
+                return self._storage.insert_jobs(self._search_id, jobs)
+            # Where the storage is not to be called from where the jobs run, they run here.
+            is_here = self._context.record is not None
+            records = jobs.records()
+            self._writer.insert(self._search_id, records, soon=is_here)
         except ParavalError:
             raise
         except Exception as exc:  # a store may raise anything
             what = f"{type(exc).__name__}: {exc}"
             raise StorageError(f"the storage failed, so the jobs were not submitted: {what}") from exc
+        return [record.id for record in records]
 
     def _make_known(self, configurations: Sequence[Args], known: Sequence[Known], *, is_private: bool) -> _New:
         """Make jobs: some under the ids of records that exist, some that will not be run."""

@@ -14,6 +14,7 @@ from paraval.job import Job, JobStatus
 from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.storage import JobChange, JobRecord, Storage, UnstorableError
+from paraval.storage.records import JobEnds
 from paraval.storage.writer import RobbedError, Writer
 
 __all__ = ["Recorder"]
@@ -81,19 +82,19 @@ class Recorder:
 
     def record(self, jobs: list[Job]) -> None:
         """Store the end of jobs, and hand them over."""
-        owner = self._owner
-        changes = [
-            # Enum.value would be a detour.
-            JobChange(
-                job.id, status=job._status._value_, out=_out(job), error=job.error, metadata=job.metadata, by=owner
-            )
-            for job in jobs
-        ]
+        ends = JobEnds(
+            [job.id for job in jobs],
+            [job._status._value_ for job in jobs],  # Enum.value would be a detour
+            [job.output if type(job) is Job else _out(job) for job in jobs],  # asking it would be another
+            [job.error for job in jobs],
+            [job.metadata for job in jobs],
+            self._owner,
+        )
         if self._writer is not None:
-            self._writer.put(changes, functools.partial(self._written, jobs))
+            self._writer.put(ends.changes(), functools.partial(self._written, jobs))
             return
         try:
-            self._storage.update(changes)
+            self._storage.end_jobs(ends)
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
             self._written(jobs, exc)
         else:
@@ -164,8 +165,6 @@ class Recorder:
 
 
 def _out(job: Job) -> Any:
-    if type(job) is Job:  # asking it would be a detour, too
-        return job.output
     try:
         return job.stored_output
     except Exception:  # noqa: BLE001 - a subclass's is user code; the job has failed by that already

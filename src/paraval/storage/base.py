@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from paraval.errors import BadValueError, ParavalError
-from paraval.storage.records import JobChange, JobRecord
+from paraval.storage.records import JobChange, JobEnds, JobRecord, NewJobs
 
 __all__ = ["Storage", "UnknownIdError", "UnstorableError"]
 
@@ -139,6 +139,18 @@ class Storage(abc.ABC):
 
     def flush(self) -> None:  # noqa: B027 - a store whose insert_soon is durable has nothing to implement
         """Make durable what :meth:`insert_soon` left."""
+
+    # -- what an evaluator does with many jobs at once: a store may do it at a lower cost ------------------------------
+
+    def insert_jobs(self, search_id: str, jobs: NewJobs) -> list[str]:
+        """Do as :meth:`insert` with the records of these; return their ids."""
+        records = jobs.records()
+        self.insert(search_id, records)
+        return [record.id for record in records]
+
+    def end_jobs(self, ends: JobEnds) -> None:
+        """Do as :meth:`update` with the changes of these."""
+        self.update(ends.changes())
 
     # -- connection: stores that need none are always connected --------------------------------------------------------
 

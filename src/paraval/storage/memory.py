@@ -6,73 +6,124 @@ import bisect
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, cast
+from itertools import repeat
+from typing import Any, cast
 
 import msgspec
 
 from paraval.storage.base import Storage, UnknownIdError
-from paraval.storage.records import JobChange, JobRecord, adopt
+from paraval.storage.records import JobChange, JobEnds, JobRecord, NewJobs, adopt
 
 __all__ = ["MemoryStorage"]
 
 
-_MANY: Final = 1024
+_MANY = 1024
+
+
+class _Waiting(msgspec.Struct, gc=False):
+    """A job that nothing has happened to since it was submitted with others, whose ``submission`` it shares."""
+
+    id: str
+    args: tuple[dict[str, Any]]
+    metadata: dict[str, Any]
+    revision: int
+    submission: NewJobs
+
+    def record(self) -> JobRecord:
+        """Make the record."""
+        _, _, function, owner, is_private = self.submission
+        return JobRecord(
+            self.id,
+            args=self.args,
+            metadata=self.metadata,
+            function=function,
+            owner=owner,
+            is_private=is_private,
+            revision=self.revision,
+        )
 
 
 class _Search:
     """One search.
 
+    Of a job that was submitted with many there is a record only when something has happened to it: in most cases its
+    end, and then one record is made where else there would be a record, a change, and a record that is changed.
+
     ``notes`` is metadata that others than the job's evaluator have stored. They are kept apart, as the dict in the
     record is the job's own.
 
-    Which records have changed since when is known from a log of them, in two parts: ``_recent``, where each place is
-    one revision, and ``_settled``, where each record is there once, with the revisions beside it. When the first has
-    grown long it is merged into the second.
+    Which records have changed since when is known from a log of their ids, in two parts: ``_recent``, where each place
+    is one revision, and ``_settled``, where each is there once, with the revisions beside it. When the first has grown
+    long it is merged into the second.
     """
 
     __slots__ = (
+        "_before",
+        "_entries",
         "_most_recent",
         "_recent",
         "_settled",
         "_settled_at",
-        "next_number",
         "notes",
-        "records",
-        "revision",
         "values",
     )
 
     def __init__(self) -> None:
-        self.next_number = 0
-        self.revision = 0
-        self.records: dict[str, JobRecord] = {}
         self.notes: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Any] = {}
-        self._settled: list[JobRecord] = []
+        self._entries: list[JobRecord | _Waiting] = []  # by their numbers
+        self._settled: list[str] = []
         self._settled_at: list[int] = []
-        self._recent: list[JobRecord] = []
+        self._before = 0  # the revision after which the recent ones begin
+        self._recent: list[str] = []
         self._most_recent = _MANY
+
+    @property
+    def revision(self) -> int:
+        """How often anything has changed."""
+        return self._before + len(self._recent)
+
+    # -- one by one ----------------------------------------------------------------------------------------------------
+
+    def record(self, job_id: str) -> JobRecord | None:
+        """Give the record of a job, to be changed; None if there is no such job."""
+        entry = self._entry(job_id)
+        if type(entry) is _Waiting:
+            self._entries[_number_of(job_id)] = entry = entry.record()
+        return cast("JobRecord | None", entry)
+
+    def copy(self, job_id: str) -> JobRecord | None:
+        """Give the record of a job as it is now, to whoever may change what they get; None if there is no such job."""
+        entry = self._entry(job_id)
+        if entry is None:
+            return None
+        copied = entry.record() if isinstance(entry, _Waiting) else msgspec.structs.replace(entry)
+        if copied.metadata is not None:
+            copied.metadata = {**copied.metadata, **self.notes.get(job_id, {})}
+        if copied.budgets is not None and copied.objectives is not None:
+            copied.budgets, copied.objectives = list(copied.budgets), list(copied.objectives)
+        return copied
+
+    def _entry(self, job_id: str) -> JobRecord | _Waiting | None:
+        try:
+            entry = self._entries[_number_of(job_id)]
+        except (ValueError, IndexError):
+            return None
+        return entry if entry.id == job_id else None  # which "0.-1" and "0.007" are of none
 
     def apply(self, changes: Sequence[JobChange], records: Sequence[JobRecord]) -> None:
         """Apply each change to its record, but for those that another owner wants."""
-        revision, notes, recent = self.revision, self.notes, self._recent
-        try:
-            for change, record in zip(changes, records, strict=True):
-                by = change.by
-                if by is not None and by != record.owner:
-                    continue
-                metadata = change.metadata
-                if metadata is None or (metadata is record.metadata and not notes):  # nearly always
-                    change.apply_to(record)
-                else:
-                    self.note(metadata, change, record)
-                revision += 1
-                record.revision = revision
-                recent.append(record)
-        finally:  # a change that cannot be applied, as its metadata is no dict, does not hide those before it
-            self.revision = revision
-            if len(recent) > self._most_recent:
-                self._merge()
+        notes = self.notes
+        for change, record in zip(changes, records, strict=True):
+            by = change.by
+            if by is not None and by != record.owner:
+                continue
+            metadata = change.metadata
+            if metadata is None or (metadata is record.metadata and not notes):  # nearly always
+                change.apply_to(record)
+            else:
+                self.note(metadata, change, record)
+            self.touch(record)
 
     def note(self, metadata: dict[str, Any], change: JobChange, record: JobRecord) -> None:
         """Apply a change that has metadata."""
@@ -85,45 +136,112 @@ class _Search:
             change = msgspec.structs.replace(change, metadata=None)
         change.apply_to(record)
 
-    def copy(self, record: JobRecord) -> JobRecord:
-        """Give a record as it is now, to whoever may change what they get."""
-        copied = msgspec.structs.replace(record)
-        if record.metadata is not None:
-            copied.metadata = {**record.metadata, **self.notes.get(record.id, {})}
-        if record.budgets is not None and record.objectives is not None:
-            copied.budgets, copied.objectives = list(record.budgets), list(record.objectives)
-        return copied
+    def touch(self, record: JobRecord) -> None:
+        """Note that a record has changed."""
+        recent = self._recent
+        recent.append(record.id)
+        record.revision = self._before + len(recent)
+        if len(recent) > self._most_recent:
+            self._merge()
 
     def add(self, search_id: str, records: Sequence[JobRecord]) -> None:
         """Number new records, and add them."""
-        kept, number, revision = self.records, self.next_number, self.revision
+        entries = self._entries
+        self._make_room(len(records))
         for record in records:
-            revision += 1
-            record.id, record.revision = f"{search_id}.{number}", revision
-            number += 1
-            kept[record.id] = record
-        self.next_number, self.revision = number, revision
-        self._recent += records
-        self._most_recent = 4 * number + _MANY  # so that merging costs little for each change
+            record.id = f"{search_id}.{len(entries)}"
+            entries.append(record)
+            self.touch(record)
 
-    def touch(self, record: JobRecord) -> None:
-        """Note that a record has changed."""
-        self.revision = record.revision = self.revision + 1
-        self._recent.append(record)
+    # -- many at once --------------------------------------------------------------------------------------------------
+
+    def add_jobs(self, search_id: str, jobs: NewJobs) -> list[str]:
+        """Number new jobs, and add them."""
+        first, revision, count = len(self._entries), self.revision, len(jobs.args)
+        ids = [f"{search_id}.{number}" for number in range(first, first + count)]
+        shared = jobs._replace(args=(), metadata=())
+        revisions = range(revision + 1, revision + count + 1)
+        all_args = zip(jobs.args, strict=True)  # a tuple of one each
+        self._make_room(count)
+        self._entries += map(_Waiting, ids, all_args, jobs.metadata, revisions, repeat(shared))
+        self._recent += ids
+        return ids
+
+    def end_jobs(self, ends: JobEnds) -> bool:
+        """End jobs; False, and nothing is changed, if they are not all of this search."""
+        entries, recent, by = self._entries, self._recent, ends.by
+        numbers = self._numbers_of(ends.ids)
+        if numbers is None:
+            return False
+        revision = self.revision
+        for number, job_id, status, out, error, metadata in zip(numbers, *ends[:5], strict=True):
+            entry = entries[number]
+            if type(entry) is _Waiting and entry.metadata is metadata and entry.submission.owner == by:  # as a rule
+                _, _, function, owner, is_private = entry.submission
+                revision += 1
+                entries[number] = JobRecord(
+                    job_id,
+                    status,
+                    entry.args,
+                    None,
+                    out,
+                    error,
+                    metadata,
+                    None,
+                    None,
+                    function,
+                    owner,
+                    0,
+                    is_private,
+                    None,
+                    revision,
+                )
+                recent.append(job_id)
+                continue
+            record = cast("JobRecord", self.record(job_id))
+            change = JobChange(job_id, status=status, out=out, error=error, metadata=metadata, by=by)
+            self.apply((change,), (record,))
+            recent, revision = self._recent, self.revision  # which may be merged now
+        return True
+
+    def _numbers_of(self, job_ids: Sequence[str]) -> list[int] | None:
+        """Give the numbers of jobs, most of which follow one another; None if there is one that does not exist."""
+        entries, known = self._entries, len(self._entries)
+        numbers = []
+        number = -1
+        for job_id in job_ids:
+            number += 1
+            if number >= known or entries[number].id != job_id:
+                if self._entry(job_id) is None:
+                    return None
+                number = _number_of(job_id)
+            numbers.append(number)
+        return numbers
+
+    # -- the log -------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, more: int) -> None:
+        self._most_recent = 4 * (len(self._entries) + more) + _MANY  # so that merging costs little for each change
 
     def _merge(self) -> None:
         self._settled = self.changed_since(0)
-        self._settled_at = [record.revision for record in self._settled]
-        self._recent = []
+        self._settled_at = list(map(self._revision_of, self._settled))
+        self._before, self._recent = self.revision, []
 
-    def changed_since(self, revision: int) -> list[JobRecord]:
-        """Give the records that have changed after a revision, in the order of their last changes."""
-        before = self.revision - len(self._recent)
-        log = self._recent[max(0, revision - before) :]
-        if revision < before:
+    def _revision_of(self, job_id: str) -> int:
+        return self._entries[_number_of(job_id)].revision
+
+    def changed_since(self, revision: int) -> list[str]:
+        """Give the ids of the jobs that have changed after a revision, in the order of their last changes."""
+        log = self._recent[max(0, revision - self._before) :]
+        if revision < self._before:
             log = self._settled[bisect.bisect_right(self._settled_at, revision) :] + log
-        last = {record.id: record for record in reversed(log)}
-        return list(last.values())[::-1]
+        log.reverse()
+        return list(dict.fromkeys(log))[::-1]
+
+
+def _number_of(job_id: str) -> int:
+    return int(job_id.rpartition(".")[2])
 
 
 class MemoryStorage(Storage):
@@ -171,8 +289,7 @@ class MemoryStorage(Storage):
                 search.apply(changes, (record,))
                 return
             search = self._search_of(changes[0].id)
-            known = search.records
-            records = [known.get(change.id) for change in changes]
+            records = [search.record(change.id) for change in changes]
             if all(records):  # all of one search, as nearly always
                 search.apply(changes, cast("list[JobRecord]", records))
                 return
@@ -180,14 +297,31 @@ class MemoryStorage(Storage):
             for change, (search, record) in zip(changes, found, strict=True):
                 search.apply((change,), (record,))
 
+    # Both go past insert and update: not where a subclass has made something else of these. And what is made for many
+    # costs a job that comes alone twice as much.
+
+    def insert_jobs(self, search_id: str, jobs: NewJobs) -> list[str]:
+        if type(self) is not MemoryStorage or len(jobs.args) == 1:
+            return super().insert_jobs(search_id, jobs)
+        with self._lock:
+            return self._search(search_id).add_jobs(search_id, jobs)
+
+    def end_jobs(self, ends: JobEnds) -> None:
+        if type(self) is MemoryStorage and len(ends.ids) > 1:
+            with self._lock:
+                if self._search_of(ends.ids[0]).end_jobs(ends):
+                    return
+        super().end_jobs(ends)
+
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
         with self._lock:
-            return [search.copy(record) for search, record in map(self._find, job_ids)]
+            return [self._copy(job_id) for job_id in job_ids]
 
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
         with self._lock:
             search = self._search(search_id)
-            return [search.copy(record) for record in search.changed_since(since)], search.revision
+            copies = map(search.copy, search.changed_since(since))
+            return cast("list[JobRecord]", list(copies)), search.revision
 
     def renew(self, owner: str, seconds: float) -> None:
         with self._lock:
@@ -233,7 +367,17 @@ class MemoryStorage(Storage):
 
     def _find(self, job_id: str) -> tuple[_Search, JobRecord]:
         search = self._search_of(job_id)
-        record = search.records.get(job_id)
+        record = search.record(job_id)
         if record is None:
-            raise UnknownIdError(f"no job {job_id!r} in this storage")
+            raise _unknown(job_id)
         return search, record
+
+    def _copy(self, job_id: str) -> JobRecord:
+        copied = self._search_of(job_id).copy(job_id)
+        if copied is None:
+            raise _unknown(job_id)
+        return copied
+
+
+def _unknown(job_id: str) -> UnknownIdError:
+    return UnknownIdError(f"no job {job_id!r} in this storage")

@@ -5,8 +5,8 @@ The structs are invisible to the garbage collector: there may be very many, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -14,7 +14,7 @@ from msgspec import UNSET, UnsetType
 from paraval.job import HPOJob, Job
 from paraval.outcome import JobError, Outcome
 
-__all__ = ["JobChange", "JobRecord", "adopt"]
+__all__ = ["JobChange", "JobEnds", "JobRecord", "NewJobs", "adopt"]
 
 
 class JobRecord(msgspec.Struct, gc=False, omit_defaults=True):
@@ -136,3 +136,57 @@ class JobChange(msgspec.Struct, gc=False):
                 record.budgets, record.objectives = [], []
             record.budgets.append(budget)
             record.objectives.append(objective)
+
+
+class NewJobs(NamedTuple):
+    """Jobs that one evaluator submits together: what differs is in columns, what they share is there once.
+
+    Attributes:
+        args: the parameters of each.
+        metadata: the metadata of each; a store may keep these very dicts.
+        function: the name of the run-function.
+        owner: the evaluator that submits them.
+        is_private: they belong to whoever evaluates them, and are nothing for others to gather.
+    """
+
+    args: Sequence[dict[str, Any]]
+    metadata: Sequence[dict[str, Any]]
+    function: str
+    owner: str
+    is_private: bool = False
+
+    def records(self) -> list[JobRecord]:
+        """Make a record of each, without an id yet."""
+        _, _, function, owner, is_private = self
+        return [
+            JobRecord(args=(args,), metadata=metadata, function=function, owner=owner, is_private=is_private)
+            for args, metadata in zip(self.args, self.metadata, strict=True)
+        ]
+
+
+class JobEnds(NamedTuple):
+    """How several jobs of one owner have ended, in columns.
+
+    Attributes:
+        ids: of the jobs.
+        statuses: :class:`~paraval.JobStatus` values.
+        outs: as in the records, likewise the next two.
+        errors: why those that failed did.
+        metadata: all of it.
+        by: their owner; who is not that of a record by now does not end it.
+    """
+
+    ids: Sequence[str]
+    statuses: Sequence[int]
+    outs: Sequence[Any]
+    errors: Sequence[JobError | None]
+    metadata: Sequence[dict[str, Any]]
+    by: str
+
+    def changes(self) -> list[JobChange]:
+        """Make the changes of the records."""
+        by = self.by
+        return [
+            JobChange(job_id, status=status, out=out, error=error, metadata=metadata, by=by)
+            for job_id, status, out, error, metadata in zip(*self[:5], strict=True)
+        ]

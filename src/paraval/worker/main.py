@@ -170,6 +170,7 @@ class Worker:
         self._seen = 0
         self._expects_more = False
         self._pid = os.getpid()
+        self._is_fork = False  # that is known of os.fork; that of a library is noticed when it is about to send
         self._sending = _thread.allocate_lock()
         self._calling = _thread.allocate_lock()
         # Under _state: what the guard and the main thread share.
@@ -237,6 +238,7 @@ class Worker:
 
     def disown(self) -> None:
         """In a process that a job forked: signals do what they do in any process, unless the job has changed that."""
+        self._is_fork = True
         if signal.getsignal(signal.SIGTERM) is self._on_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is _take_no_notice:
@@ -368,7 +370,7 @@ class Worker:
             if was_asked and error.type == "CancelledError" and not error.message:
                 error = error._replace(message="it was asked to stop, by SIGTERM")
             return (*error, is_one_of(exc, self._retry_on)), None
-        if os.getpid() != self._pid:
+        if self._is_fork:
             exit_fork(None)  # the job forked, and its child came back too: there is one worker on this socket
         self._end_calls()
         try:
@@ -491,6 +493,8 @@ class Worker:
                     told.clear()
 
     def _send(self, frame: tuple[Any, ...]) -> None:
+        if os.getpid() != self._pid:
+            exit_fork(None)
         data = pickle.dumps(frame, 5)
         with self._sending:
             if len(data) < 1 << 16:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
 from paraval.backends.base import Batch, WorkerDiedError
@@ -150,9 +151,7 @@ class Dispatch:
 
     def _hand_to(self, worker: Worker, jobs: Sequence[Job]) -> None:
         self._ledger.started(len(jobs))
-        holders = self.settling.holders
-        for job in jobs:
-            holders[job.id] = worker
+        self.settling.holders.update(zip([job.id for job in jobs], repeat(worker)))
 
     def _note_start(self, worker: Worker, jobs: list[Job]) -> bool:
         self._hand_to(worker, jobs)

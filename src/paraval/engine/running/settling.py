@@ -5,21 +5,25 @@ Here is also what is known of each job until then: that it is open, which worker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING, Final, cast
 
-from paraval.backends.base import Ended
+from paraval.backends.base import Ended, Returned
 from paraval.engine.reasons import out_of_time
 from paraval.engine.recorder import Recorder
 from paraval.engine.running.attempts import Attempts
-from paraval.job import Job
+from paraval.job import Job, JobStatus
 from paraval.loops import Loop
-from paraval.outcome import JobError, Outcome
+from paraval.outcome import JobError, Outcome, returned
 
 if TYPE_CHECKING:
     from paraval.engine.running.worker import Worker
 
 __all__ = ["Settling"]
+
+_DONE: Final = JobStatus.DONE
 
 
 class Settling:
@@ -62,10 +66,23 @@ class Settling:
         self.all_settled = loop.event()
         self.on_settled: Callable[[Job, Outcome], object] | None = None
 
-    def settle(self, ended: Sequence[Ended]) -> None:
+    def settle(self, reports: Sequence[Ended | Returned]) -> None:
         """Give each job its one terminal record: on the job, in the storage, then to whoever waits for it."""
         jobs: list[Job] = []
         told: list[tuple[Job, Outcome]] = []
+        if Returned not in map(type, reports):
+            self._settle_each(cast("Sequence[Ended]", reports), jobs, told)
+        elif not self._settle_returned(reports, jobs):
+            self._settle_each(_one_by_one(reports), jobs, told)
+        if jobs:
+            self._recorder.record(jobs)
+        for job, outcome in told:
+            if self.on_settled is not None:
+                self.on_settled(job, outcome)
+        if self._recorder.closing and not self.open:
+            self.all_settled.set()
+
+    def _settle_each(self, ended: Iterable[Ended], jobs: list[Job], told: list[tuple[Job, Outcome]]) -> None:
         open_, holders, reasons, attempts = self.open, self.holders, self.reasons, self._attempts
         has_limit = self._limit is not None
         for job, reported, finished in ended:
@@ -83,13 +100,28 @@ class Settling:
             jobs.append(job)
             if self.on_settled is not None:
                 told.append((job, outcome))
-        if jobs:
-            self._recorder.record(jobs)
-        for job, outcome in told:
-            if self.on_settled is not None:
-                self.on_settled(job, outcome)
-        if self._recorder.closing and not self.open:
-            self.all_settled.set()
+
+    def _settle_returned(self, reports: Sequence[Ended | Returned], jobs: list[Job]) -> bool:
+        """Settle jobs that all returned, where that is all there is to it: at a fraction of the cost of each alone."""
+        groups = [report for report in reports if isinstance(report, Returned)]
+        if len(groups) < len(reports) or self.reasons or self._attempts or self.on_settled is not None:
+            return False
+        limit = self._limit
+        if limit is not None and max(group.longest_s() for group in groups) > limit:
+            return False
+        for group in groups:
+            still_open = map(self.open.pop, group.ids, repeat(None))
+            for job, value, started, finished in zip(still_open, group.values, group.starts, group.ends, strict=True):
+                if job is None:
+                    continue  # settled already
+                job._started, job._finished = started, finished
+                if type(job) is Job and not isinstance(value, dict):  # as a rule
+                    job.output, job._status = value, _DONE
+                else:
+                    job.settle(returned(value))
+                jobs.append(job)
+            deque(map(self.holders.pop, group.ids, repeat(None)), maxlen=0)
+        return True
 
     def _final(self, job: Job, outcome: Outcome, finished: float) -> Outcome:
         limit = self._limit
@@ -122,6 +154,14 @@ class Settling:
         self.holders.pop(job.id, None)
         self._try_again(job, pause)
         return True
+
+
+def _one_by_one(reports: Sequence[Ended | Returned]) -> Iterator[Ended]:
+    for report in reports:
+        if isinstance(report, Returned):
+            yield from report.each()
+        else:
+            yield report
 
 
 def _stopped(job: Job, outcome: Outcome, reason: JobError) -> Outcome:

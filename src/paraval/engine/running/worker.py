@@ -128,7 +128,8 @@ class Worker:
         await self._slot.run(part)
         if part.in_hand:
             raise unfinished()
-        for _, outcome, _ in part.collect():
+        outcome = part.outcome()
+        if outcome is not None:
             job.settle(outcome)
         return job
 

@@ -11,7 +11,7 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from paraval.ctrl_c import spared_ctrl_c
-from paraval.engine.collector import CollectorPace, collector_at_rest
+from paraval.engine.collector import OBJECTS, CollectorPace, collector_at_rest
 from paraval.engine.running.dispatch import Dispatch
 from paraval.engine.running.watch import Watch
 from paraval.engine.running.worker import Worker
@@ -48,7 +48,8 @@ class Workers:
         """Start the workers that are missing."""
         self._wanted = self._loop.event()
         scope = type(anyio.CancelScope())  # the loop's own: each is made without a look at which loop it is
-        with collector_at_rest(ages=True) if self._missing > _HIRE_AT_ONCE else contextlib.nullcontext():
+        missing = self._missing
+        with collector_at_rest(missing * OBJECTS) if missing > _HIRE_AT_ONCE else contextlib.nullcontext():
             while self._missing > 0:
                 for _ in range(min(self._missing, _HIRE_AT_ONCE)):
                     worker = Worker(

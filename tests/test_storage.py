@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -309,6 +310,7 @@ class Columns(RuleBasedStateMachine):
         super().__init__()
         self.storages = MemoryStorage(), OneByOne()
         self.metadata: tuple[dict[str, dict[str, Any]], ...] = ({}, {})
+        self.counts = Counter[str]()
         self.many, memory._MANY = memory._MANY, 5  # so that its log is merged now and then
         for storage in self.storages:
             assert [storage.create_new_search(), storage.create_new_search()] == ["0", "1"]
@@ -331,10 +333,12 @@ class Columns(RuleBasedStateMachine):
             made.append(storage.insert_jobs(search_id, NewJobs(args, new, "run", "me", is_private)))
             metadata.update(zip(made[-1], new, strict=True))
         assert made[0] == made[1]
+        self.counts[search_id] += count
         return multiple(*made[0])
 
     @rule(target=jobs, search_id=st.sampled_from("01"))
     def create(self, search_id: str) -> Any:
+        self.counts[search_id] += 1
         return self.do(lambda storage: storage.create_new_job(search_id))
 
     @rule(
@@ -362,7 +366,7 @@ class Columns(RuleBasedStateMachine):
 
     @rule(job_id=jobs, value=st.integers(0, 3), times=st.sampled_from([1, 1, 50]))
     def change(self, job_id: str, value: int, times: int) -> None:
-        self.do(lambda storage: [storage.store_job_status(job_id, value) for _ in range(times)])
+        self.do(lambda storage: storage.update([JobChange(job_id, status=value) for _ in range(times)]))
         self.do(lambda storage: storage.store_job_metadata(job_id, "at", value))
         self.do(lambda storage: storage.store_job_intermediate(job_id, 1, value))
 
@@ -383,6 +387,7 @@ class Columns(RuleBasedStateMachine):
     def both_hold_the_same(self) -> None:
         for search_id in "01":
             records, revision = self.do(lambda storage, it=search_id: storage.scan(it))  # type: ignore[misc] # the default binds it now
+            assert len(records) == self.counts[search_id]
             assert [record.revision for record in records] == sorted({record.revision for record in records})
             assert revision == max([record.revision for record in records], default=0)
             assert self.do(lambda storage, them=records: storage.get(it.id for it in them)) == records  # type: ignore[misc] # likewise

@@ -218,12 +218,15 @@ class Intake:
 
     def _insert(self, jobs: NewJobs) -> Sequence[str]:
         try:
-            if self._writer is None:
+            if self._writer is None and len(jobs.args) > 1:  # which costs a job that comes alone more
                 return self._storage.insert_jobs(self._search_id, jobs)
-            # Where the storage is not to be called from where the jobs run, they run here.
-            is_here = self._context.record is not None
             records = jobs.records()
-            self._writer.insert(self._search_id, records, soon=is_here)
+            if self._writer is None:
+                self._storage.insert(self._search_id, records)
+            else:
+                # Where the storage is not to be called from where the jobs run, they run here.
+                is_here = self._context.record is not None
+                self._writer.insert(self._search_id, records, soon=is_here)
         except ParavalError:
             raise
         except Exception as exc:  # a store may raise anything

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from paraval.engine.ledger import Ledger
@@ -82,23 +82,37 @@ class Recorder:
 
     def record(self, jobs: list[Job]) -> None:
         """Store the end of jobs, and hand them over."""
-        ends = JobEnds(
-            [job.id for job in jobs],
-            [job._status._value_ for job in jobs],  # Enum.value would be a detour
-            [job.output if type(job) is Job else _out(job) for job in jobs],  # asking it would be another
-            [job.error for job in jobs],
-            [job.metadata for job in jobs],
-            self._owner,
-        )
+        changes = self._change(jobs[0]) if len(jobs) == 1 else self._ends(jobs)
         if self._writer is not None:
-            self._writer.put(ends.changes(), functools.partial(self._written, jobs))
+            changes = changes.changes() if isinstance(changes, JobEnds) else changes
+            self._writer.put(changes, functools.partial(self._written, jobs))
             return
         try:
-            self._storage.end_jobs(ends)
+            if isinstance(changes, JobEnds):
+                self._storage.end_jobs(changes)
+            else:
+                self._storage.update(changes)
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
             self._written(jobs, exc)
         else:
             self._hand_over(jobs)
+
+    def _change(self, job: Job) -> Sequence[JobChange] | JobEnds:
+        # What is made for many costs a job that comes alone twice as much.
+        status = job._status._value_  # Enum.value would be a detour
+        return [
+            JobChange(job.id, status=status, out=_out(job), error=job.error, metadata=job.metadata, by=self._owner)
+        ]
+
+    def _ends(self, jobs: list[Job]) -> JobEnds:
+        return JobEnds(
+            [job.id for job in jobs],
+            [job._status._value_ for job in jobs],
+            [job.output if type(job) is Job else _out(job) for job in jobs],  # asking it would be another detour
+            [job.error for job in jobs],
+            [job.metadata for job in jobs],
+            self._owner,
+        )
 
     async def drained(self) -> None:
         """Wait until all that was to be recorded so far is recorded, or cannot be."""

@@ -87,10 +87,14 @@ class _Search:
 
     def record(self, job_id: str) -> JobRecord | None:
         """Give the record of a job, to be changed; None if there is no such job."""
-        entry = self._entry(job_id)
-        if type(entry) is _Waiting:
-            self._entries[_number_of(job_id)] = entry = entry.record()
-        return cast("JobRecord | None", entry)
+        try:
+            number = int(job_id.rpartition(".")[2])
+            entry = self._entries[number]
+        except (ValueError, IndexError):
+            return None
+        if type(entry) is _Waiting and entry.id == job_id:
+            self._entries[number] = entry = entry.record()
+        return cast("JobRecord", entry) if entry.id == job_id else None  # which "0.-1" and "0.007" are of none
 
     def copy(self, job_id: str) -> JobRecord | None:
         """Give the record of a job as it is now, to whoever may change what they get; None if there is no such job."""
@@ -109,7 +113,7 @@ class _Search:
             entry = self._entries[_number_of(job_id)]
         except (ValueError, IndexError):
             return None
-        return entry if entry.id == job_id else None  # which "0.-1" and "0.007" are of none
+        return entry if entry.id == job_id else None
 
     def apply(self, changes: Sequence[JobChange], records: Sequence[JobRecord]) -> None:
         """Apply each change to its record, but for those that another owner wants."""
@@ -297,17 +301,16 @@ class MemoryStorage(Storage):
             for change, (search, record) in zip(changes, found, strict=True):
                 search.apply((change,), (record,))
 
-    # Both go past insert and update: not where a subclass has made something else of these. And what is made for many
-    # costs a job that comes alone twice as much.
+    # Both go past insert and update: not where a subclass has made something else of these.
 
     def insert_jobs(self, search_id: str, jobs: NewJobs) -> list[str]:
-        if type(self) is not MemoryStorage or len(jobs.args) == 1:
+        if type(self) is not MemoryStorage:
             return super().insert_jobs(search_id, jobs)
         with self._lock:
             return self._search(search_id).add_jobs(search_id, jobs)
 
     def end_jobs(self, ends: JobEnds) -> None:
-        if type(self) is MemoryStorage and len(ends.ids) > 1:
+        if type(self) is MemoryStorage and ends.ids:
             with self._lock:
                 if self._search_of(ends.ids[0]).end_jobs(ends):
                     return

@@ -170,7 +170,7 @@ class Worker:
         self._seen = 0
         self._expects_more = False
         self._pid = os.getpid()
-        self._is_fork = False  # that is known of os.fork; that of a library is noticed when it is about to send
+        self._is_fork = False  # that is known of os.fork; that of a library is noticed when it is to report
         self._sending = _thread.allocate_lock()
         self._calling = _thread.allocate_lock()
         # Under _state: what the guard and the main thread share.
@@ -481,6 +481,8 @@ class Worker:
         return pickle.loads(value)  # noqa: S301 - likewise
 
     def _report(self) -> None:
+        if os.getpid() != self._pid:
+            exit_fork(None)
         with self._state:
             count = len(self._ends)
             if count:
@@ -493,8 +495,6 @@ class Worker:
                     told.clear()
 
     def _send(self, frame: tuple[Any, ...]) -> None:
-        if os.getpid() != self._pid:
-            exit_fork(None)
         data = pickle.dumps(frame, 5)
         with self._sending:
             if len(data) < 1 << 16:

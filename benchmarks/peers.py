@@ -172,20 +172,28 @@ class BareLoky(_BareExecutor):
 
 
 class Joblib:
-    """``joblib.Parallel`` with its defaults: processes of loky, and batches that size themselves."""
+    """``joblib.Parallel`` with its defaults: processes of loky, and batches that size themselves.
 
-    def __init__(self, workers: int = 2) -> None:
+    Args:
+        workers: how many processes.
+        anew: call ``Parallel(n_jobs=…)(…)`` each time, as its documentation does in nearly all its examples: the
+            workers stay for the next call, how large a batch should be does not. False: use one as a context.
+    """
+
+    def __init__(self, workers: int = 2, *, anew: bool = False) -> None:
         from joblib import Parallel
 
-        self._parallel = Parallel(n_jobs=workers).__enter__()  # as a context: the workers stay for the next call
+        self._workers, self._anew = workers, anew
+        self._parallel = Parallel(n_jobs=workers).__enter__()
 
     def flood(self, jobs: int) -> float:  # noqa: D102
-        from joblib import delayed
+        from joblib import Parallel, delayed
 
         configurations = [{"x": number} for number in range(jobs)]
         call = delayed(noop)
         start = time.perf_counter()
-        results = self._parallel(call(configuration) for configuration in configurations)
+        parallel = Parallel(n_jobs=self._workers) if self._anew else self._parallel
+        results = parallel(call(configuration) for configuration in configurations)
         seconds = time.perf_counter() - start
         _expect(jobs, len(results))
         return seconds / jobs

@@ -67,6 +67,15 @@ def test_an_evaluator_is_made_by_the_name_of_its_method() -> None:
     assert type(Evaluator.create(double, method="thread", method_kwargs=None)) is ThreadPoolEvaluator
 
 
+def test_an_argument_that_there_is_not_is_named_and_what_may_have_been_meant() -> None:
+    with pytest.raises(
+        TypeError, match=r"ThreadPoolEvaluator has no argument 'num_worker': did you mean 'num_workers'\?"
+    ):
+        Evaluator.create(double, "thread", {"num_worker": 2})
+    with pytest.raises(ParavalError, match=r"has no argument 'of_mine': it takes num_workers, .*, job_timeout, "):
+        Evaluator.create(double, "thread", {"of_mine": 2})
+
+
 @pytest.mark.parametrize("name", ["nope", "", "Serial", None, 3, ["serial"]])
 def test_an_unknown_method_is_a_value_error_that_lists_the_others(name: Any) -> None:
     with pytest.raises(ValueError, match=r"unknown method.*serial, thread") as caught:

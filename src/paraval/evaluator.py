@@ -285,7 +285,12 @@ class Evaluator(ReferenceNames, abc.ABC):
             TypeError: an argument that the constructor does not have.
         """
         cls = registry.method(method).load()
-        return cls(run_function, **checks.keywords("method_kwargs", method_kwargs))
+        kwargs = checks.keywords("method_kwargs", method_kwargs)
+        try:
+            return cls(run_function, **kwargs)
+        except TypeError:
+            registry.refuse_unknown(cls, kwargs)
+            raise
 
     # -- submit --------------------------------------------------------------------------------------------------------
 

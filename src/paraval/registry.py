@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from paraval.errors import BadValueError, MissingExtraError
+from paraval.errors import BadValueError, MissingExtraError, WrongTypeError
 from paraval.functions import is_async
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from paraval.evaluator import Evaluator
 
-__all__ = ["Method", "default_method", "method", "methods"]
+__all__ = ["Method", "default_method", "method", "methods", "refuse_unknown"]
 
 
 @dataclass(frozen=True)
@@ -159,3 +160,31 @@ def _foreign(entry: EntryPoint) -> Method:
     if not isinstance(cls, type):
         return Method(entry.name, f"{entry.value} to be an evaluator class; it is {cls!r}", load)
     return Method(entry.name, None, load)
+
+
+def refuse_unknown(cls: type[Evaluator], names: Iterable[str]) -> None:
+    """Refuse what is no argument of an evaluator class.
+
+    Raises:
+        TypeError: it names the argument, and what may have been meant.
+    """
+    import difflib  # here: it is seldom needed
+
+    known: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        known += [
+            one.name for one in parameters if one.kind in _BY_NAME and one.name not in {"self", "run_function", *known}
+        ]
+        if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+            break  # nothing goes on to the classes that it is derived from
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            right = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+            raise WrongTypeError(f"{cls.__name__} has no argument {name!r}: {right}")
+
+
+_BY_NAME: Final = frozenset({inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY})

@@ -100,9 +100,7 @@ class Recorder:
     def _change(self, job: Job) -> Sequence[JobChange] | JobEnds:
         # What is made for many costs a job that comes alone twice as much.
         status = job._status._value_  # Enum.value would be a detour
-        return [
-            JobChange(job.id, status=status, out=_out(job), error=job.error, metadata=job.metadata, by=self._owner)
-        ]
+        return [JobChange(job.id, status=status, out=_out(job), error=job.error, metadata=job.metadata, by=self._owner)]
 
     def _ends(self, jobs: list[Job]) -> JobEnds:
         return JobEnds(

@@ -993,7 +993,7 @@ async def test_submit_waits_while_too_many_jobs_are_pending(method: str, stage: 
             await until_async(lambda: len(evaluator.jobs) == 3)  # one runs, two wait
             assert not submitted.is_open
             stage.release(0)
-            await until_async(lambda: len(evaluator.jobs) == 4)
+            await until_async(lambda: len(evaluator.jobs) >= 4)  # it may be in a batch with the next
             stage.release(1)
             await submitted.opened()
         stage.release_all()

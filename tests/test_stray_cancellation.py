@@ -288,12 +288,13 @@ class Prompt(OneByOne):
     def is_prompt(self) -> bool:
         return True
 
-    def begin(self, batch: Batch, ended: Callable[[], object]) -> None:
+    def begin(self, batch: Batch, ended: Callable[[], object], needs_task: Callable[[], object]) -> bool:
         def go() -> None:
             self._run(batch)
             ended()
 
         Loop.running().call_soon(go)
+        return True
 
     async def stop(self) -> None:
         pass

@@ -730,7 +730,7 @@ def test_submit_waits_while_too_many_jobs_are_pending(method: str, stage: Stage)
         assert len(evaluator.jobs) == 3
         stage.release(0)
         stage.started(1).wait()
-        until(lambda: len(evaluator.jobs) == 4)
+        until(lambda: len(evaluator.jobs) >= 4)  # it may be in a batch with the next
         assert not submitted.peek(0.02)
         stage.release(1)
         submitted.wait()

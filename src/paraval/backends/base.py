@@ -154,11 +154,21 @@ class Slot(abc.ABC):
 
     @property
     def is_prompt(self) -> bool:
-        """Whether :meth:`begin` may be used in place of :meth:`run`, from now on."""
+        """Whether :meth:`begin` may be tried in place of :meth:`run`."""
         return False
 
-    def begin(self, batch: Batch, ended: Callable[[], object]) -> None:
-        """Begin to run jobs; ``ended()`` is called on the loop when ``batch.take()`` has given None."""
+    def begin(self, batch: Batch, ended: Callable[[], object], needs_task: Callable[[], object]) -> bool:
+        """Begin to run jobs.
+
+        Args:
+            batch: the jobs.
+            ended: called on the loop when ``batch.take()`` has given None.
+            needs_task: called on the loop, in place of that, when this batch turns out to need a task: its ``run``
+                goes on with it.
+
+        Returns:
+            Whether it was begun; else it needs a task at once.
+        """
         raise NotImplementedError
 
     async def stop(self) -> None:

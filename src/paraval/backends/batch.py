@@ -328,6 +328,11 @@ class Batch:
         return self._size
 
     @property
+    def only(self) -> Job | None:
+        """The one job, if it is the only one, was not taken, and there will be no more."""
+        return self._todo[0] if len(self._todo) == 1 and self._more is None else None
+
+    @property
     def waiting(self) -> int:
         """How many jobs were not taken."""
         return len(self._todo)

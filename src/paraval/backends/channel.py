@@ -7,7 +7,7 @@ import contextlib
 import pickle
 import selectors
 import socket
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Final
 
 import anyio
@@ -20,6 +20,7 @@ __all__ = ["Channel", "Frame"]
 Frame = tuple[Any, ...]
 
 _READ: Final = 1 << 16
+_SMALL: Final = 1 << 13
 _READ_MORE: Final = 1 << 20
 """Of a large frame. Not always, as the system maps and unmaps so much memory for each read."""
 
@@ -44,6 +45,43 @@ class Channel:
     largest = 0
     """Bytes of the largest frame that has come."""
     is_resting = False
+    _calls: Callable[[], object] | None = None
+
+    def post(self, frame: bytes, calls: Callable[[], object]) -> bytes | None:
+        """Send a small frame at once, for who does not :meth:`receive` but is called.
+
+        Args:
+            frame: as for :meth:`send`.
+            calls: called, on the loop, when there is something to be :meth:`heard`, or the failure, until
+                :meth:`stop_calling`.
+
+        Returns:
+            What is left to be sent with :meth:`send_rest`, in nearly all cases nothing; None where nothing was done.
+        """
+        if self._unsent_setup is not None or len(frame) >= _SMALL:
+            return None
+        if not self._begin_to_watch().is_asyncio or self.wants_to_be_heard:
+            return None
+        data = len(frame).to_bytes(8, "little") + frame
+        try:
+            sent = self._socket.send(data)
+        except OSError:  # it is full, or the worker is gone
+            return None
+        self._calls = calls
+        return data[sent:]
+
+    async def send_rest(self, data: bytes) -> None:
+        """Send what :meth:`post` has left; as :meth:`send`."""
+        await self._write(memoryview(data))
+
+    def stop_calling(self) -> None:
+        """Have what comes wait for :meth:`receive` again."""
+        self._calls = None
+
+    def heard(self) -> Sequence[Frame]:
+        """Give the frames that have come."""
+        frames, self._frames = self._frames, ()
+        return frames
 
     async def send(self, frame: bytes) -> None:
         """Send a frame.
@@ -104,8 +142,7 @@ class Channel:
             else:
                 await anyio.wait_readable(self._source)
                 self._read()
-        frames, self._frames = self._frames, ()
-        return frames
+        return self.heard()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -149,6 +186,11 @@ class Channel:
         return bool(self._frames) or self._failure is not None
 
     @property
+    def has_only_ends(self) -> bool:
+        """Whether all that has come are the ends of jobs."""
+        return self._failure is None and all(frame[0] == "done" for frame in self._frames)
+
+    @property
     def is_broken(self) -> bool:
         """Whether nothing more can come."""
         return self._failure is not None
@@ -176,8 +218,11 @@ class Channel:
         except Exception as exc:  # noqa: BLE001 - it is raised to whoever waits
             self._failure = exc
             self._stop_watching()  # or the loop would call for ever
-        if self._arrival is not None and (self._frames or self._failure is not None):
-            self._arrival.set()
+        if self._frames or self._failure is not None:
+            if self._calls is not None:
+                self._calls()
+            elif self._arrival is not None:
+                self._arrival.set()
 
     def _complete_frames(self) -> Iterator[Frame]:
         received = self._received

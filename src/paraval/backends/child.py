@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, ClassVar, Final
 
@@ -138,6 +138,13 @@ class WorkerProcess(Channel):
         """Send jobs to a worker that has none; as :meth:`send`."""
         self._posted += 1
         await self.send(frame)
+
+    def post_jobs(self, frame: bytes, calls: Callable[[], object]) -> bytes | None:
+        """Do the same at once; as :meth:`post`."""
+        rest = self.post(frame, calls)
+        if rest is not None:
+            self._posted += 1
+        return rest
 
     def put_ahead(self, frame: bytes) -> bool:
         """Lay down jobs for when it is through with those that it has; False if there is no room."""

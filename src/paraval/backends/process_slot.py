@@ -8,7 +8,7 @@ import os
 import pickle
 import struct
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
@@ -25,11 +25,11 @@ from paraval.backends.packing import (
 )
 from paraval.backends.storage_call import StorageCall
 from paraval.job import Job, JobStatus
-from paraval.loops import call_in_thread
+from paraval.loops import Loop, call_in_thread
 from paraval.memory import WatchedProcess
 from paraval.outcome import JobError, Outcome
 from paraval.worker.main import PAIR
-from paraval.worker.pickling import PicklingFailed, PiecewisePickler
+from paraval.worker.pickling import PicklingFailed, PiecewisePickler, is_plain
 
 if TYPE_CHECKING:
     from paraval.backends.child import WorkerProcess
@@ -60,6 +60,15 @@ class _Load(NamedTuple):
     jobs: Sequence[Job]
 
 
+class _Begun(NamedTuple):
+    """A batch of one job that was begun without a task."""
+
+    batch: Batch
+    ended: Callable[[], object]
+    needs_task: Callable[[], object]
+    unsent: bytes
+
+
 class ProcessSlot(Slot):
     """One worker process at a time, on a socket pair of its own; a new one when that one died or was killed."""
 
@@ -78,8 +87,13 @@ class ProcessSlot(Slot):
         self._bytes_per_job = 0
         self._has_overlooked = False
         self._cannot_be_set_up = False
+        self._begun: _Begun | None = None
 
     async def run(self, batch: Batch) -> None:
+        process, begun, self._begun = self._process, self._begun, None
+        if begun is not None and process is not None:
+            process.stop_calling()
+            await self._attend(process, batch, self._sent, rest=begun.unsent)
         while batch.waiting:
             try:
                 setup = self._backend.setup(self._spec)
@@ -131,21 +145,33 @@ class ProcessSlot(Slot):
         return process
 
     async def _run_on(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
-        count = len(sent)
+        self._expect(sent)
+        await self._attend(process, batch, sent, await self._encode(process.next_number, batch, sent))
+
+    def _expect(self, sent: dict[str, Job]) -> None:
         self._sent = sent
         self._loads.clear()
         self._has_begun = self._wants_more = self._has_overlooked = False
-        number = process.next_number
-        frame = await self._encode(number, batch, sent)
-        process.output()  # what was printed between jobs belongs to none
+
+    async def _attend(
+        self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: bytes = b"", rest: bytes = b""
+    ) -> None:
+        """See jobs to their ends.
+
+        Args:
+            process: runs them.
+            batch: they are of this one.
+            sent: the jobs; it shrinks as they end.
+            frame: is to be sent, with these jobs in it; else it was.
+            rest: of it.
+        """
+        count = len(sent)
         try:
-            if sent:
-                self._loads.append(_Load(number, list(sent.values())))
-                self._bytes_per_job = len(frame) // len(sent)
-                await process.send_jobs(frame)
-                del frame  # which may be large, and this may take long
-                if self._backend.memory_limit is not None:
-                    process.watch_memory(self._backend.memory_limit.bytes)
+            if frame and sent:
+                await self._send(process, sent, frame)
+            elif rest:
+                await process.send_rest(rest)
+            del frame  # which may be large, and this may take long
             while sent:
                 if self._rest(process, batch):
                     await self._leave_alone(process, batch, sent)
@@ -172,6 +198,68 @@ class ProcessSlot(Slot):
             raise
         if self._backend.jobs_left(process) == 0 or self._cannot_be_set_up:
             await self._let_go()
+
+    async def _send(self, process: WorkerProcess, sent: dict[str, Job], frame: bytes) -> None:
+        process.output()  # what was printed between jobs belongs to none
+        self._loads.append(_Load(process.next_number, list(sent.values())))
+        self._bytes_per_job = len(frame) // len(sent)
+        await process.send_jobs(frame)
+        if self._backend.memory_limit is not None:
+            process.watch_memory(self._backend.memory_limit.bytes)
+
+    # -- without a task: one small job for a worker that waits, unless anything but its end comes ---------------------
+
+    @property
+    def is_prompt(self) -> bool:
+        backend, process = self._backend, self._process
+        if backend.is_captured or backend.memory_limit is not None or backend.max_jobs_per_worker is not None:
+            return False
+        return process is not None and process.is_ready and Loop.running().is_asyncio
+
+    def begin(self, batch: Batch, ended: Callable[[], object], needs_task: Callable[[], object]) -> bool:
+        job, process = batch.only, self._process
+        if job is None or process is None or not is_plain(job.args) or not self._is_set_up(process):
+            return False
+        if not self._can_go_on(process, process.setup):
+            return False
+        number = process.next_number
+        frame = pickle.dumps(("jobs", number, [(job.id, job.args)], batch.hold_s, False), 5)
+        unsent = process.post_jobs(frame, self._hear)
+        if unsent is None:
+            return False
+        self._expect(batch.take_all())
+        self._loads.append(_Load(number, [job]))
+        self._begun = _Begun(batch, ended, needs_task, unsent)
+        return not unsent
+
+    def _hear(self) -> None:
+        """Take the end of the job that was begun; leave all else to a task."""
+        process, begun = self._process, self._begun
+        if process is None or begun is None:
+            return
+        if not process.has_only_ends:
+            process.stop_calling()
+            begun.needs_task()
+            return
+        for frame in process.heard():
+            self._take(process, begun.batch, self._sent, frame)
+        if not self._sent:
+            process.stop_calling()
+            self._begun = None
+            begun.batch.has_waited = True
+            begun.ended()
+
+    async def stop(self) -> None:
+        process, begun, self._begun = self._process, self._begun, None
+        if begun is None or process is None:
+            return
+        process.stop_calling()
+        self.take_back(begun.batch)
+        with anyio.CancelScope(shield=True):
+            self._forget()
+            await self._stop(process, begun.batch, self._sent)
+
+    # -- what all ways have in common ---------------------------------------------------------------------------------
 
     async def _leave_alone(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         """Look now and then what the worker has reported, for as long as it has enough to do."""

@@ -48,7 +48,7 @@ class ThreadSlot(Slot):
                 batch.take_all()  # it never got to them
                 raise WorkerDiedError(JobError("worker_died", f"no thread could be started: {exc}")) from exc
             self._thread = thread
-        self.begin(batch, _nobody)
+        self.begin(batch, _nobody, _nobody)
         try:
             await self._returned.wait()
         except BaseException:
@@ -59,10 +59,11 @@ class ThreadSlot(Slot):
     def is_prompt(self) -> bool:
         return self._thread is not None
 
-    def begin(self, batch: Batch, ended: Callable[[], object]) -> None:
+    def begin(self, batch: Batch, ended: Callable[[], object], needs_task: Callable[[], object]) -> bool:  # noqa: ARG002 - it never does
         self._returned = self._loop.event()
         self._ended = ended
         self._inbox.put(batch)
+        return True
 
     async def stop(self) -> None:
         if self._thread is not None:

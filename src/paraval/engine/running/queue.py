@@ -89,6 +89,17 @@ class JobQueue:
         """Give the next job, or None when none waits."""
         return self._jobs.popleft() if self._jobs else None
 
+    def pull_back(self) -> Job | None:
+        """Give a job that others give back for a worker that finds none, or None."""
+        if self.on_lack is None:
+            return None
+        self.idle += 1
+        try:
+            self.on_lack()
+        finally:
+            self.idle -= 1
+        return self.pull_nowait()
+
     def _wake(self) -> None:
         # A worker that is woken and finds nothing, as a busy one was quicker, waits again.
         for _ in range(min(len(self._jobs), len(self._waiting))):

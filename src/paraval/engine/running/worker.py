@@ -157,14 +157,16 @@ class Worker:
                 await anyio.lowlevel.checkpoint()
             if slot.is_prompt and execute is None and self._handed is None:
                 await self._stand_by()
-                continue
-            job, self._handed = self._handed or queue.pull_nowait(), None
-            if job is None:
-                job = await queue.pull()
-                dispatch.last_turn = clock()
-            if job._is_adopted:
-                await dispatch.mark(job)
-            batch = self._begin(job)
+                batch = self.batch  # which needs this task
+            else:
+                job, self._handed = self._handed or queue.pull_nowait(), None
+                if job is None:
+                    job = await queue.pull()
+                    dispatch.last_turn = clock()
+                if job._is_adopted:
+                    await dispatch.mark(job)
+                batch = self._begin(job)
+                del job
             if batch is None:
                 continue
             try:
@@ -176,12 +178,12 @@ class Worker:
                 self.batch = None
                 dispatch.put_away(batch)
             dispatch.settling.settle(batch.collect())
-            del job, batch  # an idle worker must not keep the last job alive
+            del batch  # an idle worker must not keep the last job alive
 
     # -- standing by ---------------------------------------------------------------------------------------------------
 
     async def _stand_by(self) -> None:
-        """Sleep while batches begin and end in calls to the loop, until it is interrupted or a job takes a task."""
+        """Sleep while batches begin and end in calls to the loop, until it is interrupted or a batch takes a task."""
         self._needed = self._loop.event()
         self._failure = None
         try:
@@ -199,14 +201,15 @@ class Worker:
     def _begin_next(self) -> None:
         """Begin a batch, or have the queue call this again when there is a job."""
         queue = self._dispatch.queue
-        while (job := queue.pull_nowait()) is not None:
+        while (job := queue.pull_nowait() or queue.pull_back()) is not None:
             if job._is_adopted:
                 self._handed = job  # its mark is to be waited for
                 self._needed.set()
                 return
             batch = self._begin(job)
             if batch is not None:
-                self._slot.begin(batch, self._batch_through)
+                if not self._slot.begin(batch, self._batch_through, self._needed.set):
+                    self._needed.set()
                 return
         queue.call_in_turn(self._begin_next)
 

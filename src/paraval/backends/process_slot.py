@@ -8,7 +8,7 @@ import os
 import pickle
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
@@ -67,6 +67,7 @@ class _Begun(NamedTuple):
     ended: Callable[[], object]
     needs_task: Callable[[], object]
     unsent: bytes
+    failure: Exception | None = None
 
 
 class ProcessSlot(Slot):
@@ -93,7 +94,7 @@ class ProcessSlot(Slot):
         process, begun, self._begun = self._process, self._begun, None
         if begun is not None and process is not None:
             process.stop_calling()
-            await self._attend(process, batch, self._sent, rest=begun.unsent)
+            await self._attend(process, batch, self._sent, _go_on_with(process, begun))
         while batch.waiting:
             try:
                 setup = self._backend.setup(self._spec)
@@ -146,7 +147,10 @@ class ProcessSlot(Slot):
 
     async def _run_on(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         self._expect(sent)
-        await self._attend(process, batch, sent, await self._encode(process.next_number, batch, sent))
+        frame = await self._encode(process.next_number, batch, sent)
+        sending = self._send(process, sent, frame)
+        del frame  # which may be large, and the rest may take long
+        await self._attend(process, batch, sent, sending)
 
     def _expect(self, sent: dict[str, Job]) -> None:
         self._sent = sent
@@ -154,33 +158,24 @@ class ProcessSlot(Slot):
         self._has_begun = self._wants_more = self._has_overlooked = False
 
     async def _attend(
-        self, process: WorkerProcess, batch: Batch, sent: dict[str, Job], frame: bytes = b"", rest: bytes = b""
+        self,
+        process: WorkerProcess,
+        batch: Batch,
+        sent: dict[str, Job],
+        sending: Coroutine[Any, Any, None],
     ) -> None:
-        """See jobs to their ends.
+        """Have jobs sent, and see them to their ends.
 
         Args:
             process: runs them.
             batch: they are of this one.
             sent: the jobs; it shrinks as they end.
-            frame: is to be sent, with these jobs in it; else it was.
-            rest: of it.
+            sending: sends them.
         """
         count = len(sent)
         try:
-            if frame and sent:
-                await self._send(process, sent, frame)
-            elif rest:
-                await process.send_rest(rest)
-            del frame  # which may be large, and this may take long
-            while sent:
-                if self._rest(process, batch):
-                    await self._leave_alone(process, batch, sent)
-                else:
-                    await self._receive(process, batch, sent)
-                batch.has_waited = True
-                if sent:
-                    self._send_ahead(process, batch)
-                    batch.report()
+            await sending
+            await self._see_through(process, batch, sent)
             process.memory = None
         except OSError as exc:  # the end of the file, or a broken pipe: the worker is gone
             self.take_back(batch)  # what it has not begun is not to blame
@@ -199,7 +194,20 @@ class ProcessSlot(Slot):
         if self._backend.jobs_left(process) == 0 or self._cannot_be_set_up:
             await self._let_go()
 
+    async def _see_through(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
+        while sent:
+            if self._rest(process, batch):
+                await self._leave_alone(process, batch, sent)
+            else:
+                await self._receive(process, batch, sent)
+            batch.has_waited = True
+            if sent:
+                self._send_ahead(process, batch)
+                batch.report()
+
     async def _send(self, process: WorkerProcess, sent: dict[str, Job], frame: bytes) -> None:
+        if not sent:  # none could be
+            return
         process.output()  # what was printed between jobs belongs to none
         self._loads.append(_Load(process.next_number, list(sent.values())))
         self._bytes_per_job = len(frame) // len(sent)
@@ -241,8 +249,14 @@ class ProcessSlot(Slot):
             process.stop_calling()
             begun.needs_task()
             return
-        for frame in process.heard():
-            self._take(process, begun.batch, self._sent, frame)
+        try:
+            for frame in process.heard():
+                self._take(process, begun.batch, self._sent, frame)
+        except Exception as exc:  # noqa: BLE001 - a defect of ours: the task raises it
+            process.stop_calling()
+            self._begun = begun._replace(failure=exc)
+            begun.needs_task()
+            return
         if not self._sent:
             process.stop_calling()
             self._begun = None
@@ -532,6 +546,12 @@ class ProcessSlot(Slot):
         finally:
             await process.kill()
         self._attach_output(process, sent.values())
+
+
+async def _go_on_with(process: WorkerProcess, begun: _Begun) -> None:
+    if begun.failure is not None:
+        raise begun.failure
+    await process.send_rest(begun.unsent)
 
 
 def _of_setup(error: JobError) -> JobError:

@@ -95,6 +95,27 @@ def test_what_a_program_has_frozen_stays_frozen() -> None:
     assert gc.get_freeze_count()
 
 
+def test_what_somebody_freezes_meanwhile_stays_frozen() -> None:
+    gc.unfreeze()
+    with collector_at_rest(1):
+        gc.freeze()
+    assert gc.get_freeze_count()
+
+
+def test_jobs_of_an_evaluator_that_is_closed_are_no_more_taken_to_stay() -> None:
+    def submit() -> bool:
+        with Evaluator.create(lambda job: job["x"], "thread") as evaluator:
+            evaluator.submit([{"x": x} for x in range(1_001)])
+            old = is_old(evaluator.jobs[0])
+            evaluator.gather("ALL")
+        return old
+
+    gc.collect()
+    assert [submit(), submit()] == [True, False]
+    gc.collect()
+    assert submit()
+
+
 def test_a_program_without_a_collector_stays_without() -> None:
     gc.disable()
     with collector_at_rest(1):

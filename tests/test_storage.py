@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import pickle
 import random
@@ -817,6 +818,56 @@ def test_a_storage_that_is_derived_sees_every_insert_and_update() -> None:
         evaluator.gather("ALL")
     assert storage.inserted == 5
     assert storage.updated >= 5
+
+
+def test_methods_that_were_put_in_their_places_see_every_insert_and_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Counter[str]()
+    storage = MemoryStorage()
+    insert, update = storage.insert, storage.update
+
+    def spy_on_insert(search_id: str, records: Sequence[JobRecord]) -> None:
+        seen["insert"] += len(records)
+        insert(search_id, records)
+
+    def spy_on_update(changes: Sequence[JobChange]) -> None:
+        seen["update"] += len(changes)
+        update(changes)
+
+    monkeypatch.setattr(storage, "insert", spy_on_insert)
+    monkeypatch.setattr(storage, "update", spy_on_update)
+    with make("thread", double, storage=storage) as evaluator:
+        evaluator.submit(configurations(5))
+        evaluator.gather("ALL")
+    assert seen["insert"] == 5
+    assert seen["update"] >= 5
+
+
+def test_a_finalizer_may_use_the_storage_in_the_middle_of_a_call(storage: MemoryStorage, search_id: str) -> None:
+    finalized = []
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            finalized.append(storage.create_new_job(search_id))
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)  # so that it comes wherever it can
+    try:
+        for _ in range(20):
+            Garbage()
+            new: list[dict[str, Any]] = [{} for _ in range(30)]
+            job_ids = storage.insert_jobs(search_id, NewJobs([{}] * 30, new, "run", "me"))
+            Garbage()
+            storage.end_jobs(JobEnds(job_ids, [2] * 30, list(range(30)), [None] * 30, new, "me"))
+            assert [record.out for record in storage.get(job_ids)] == list(range(30))
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    assert len(finalized) == 40
+    assert sorted(storage.load_all_job_ids(search_id)) == sorted({*storage.load_all_job_ids(search_id)})
+    assert len(storage.load_all_job_ids(search_id)) == 20 * 30 + 40
 
 
 def test_the_end_of_a_job_that_was_adopted_is_its_new_owners_to_store() -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["OBJECTS", "CollectorPace", "collector_at_rest"]
+__all__ = ["OBJECTS", "CollectorPace", "collector_at_rest", "those_that_stayed_may_go"]
 
 OBJECTS: Final = 10
 """About so many objects come and go with each job that runs."""
@@ -43,7 +43,7 @@ def collector_at_rest(objects: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if ages:
+        if ages and not gc.get_freeze_count():  # else somebody has frozen objects meanwhile, and they stay so
             gc.freeze()
             gc.unfreeze()
         gc.enable()
@@ -51,14 +51,21 @@ def collector_at_rest(objects: int) -> Iterator[None]:
 
 def _may_age(objects: int) -> bool:
     global _aged, _full_passes  # noqa: PLW0603 - the collector belongs to the process, and so does what is known of it
-    if gc.get_freeze_count():  # the program has frozen objects of its own, and they stay so
+    if gc.get_freeze_count():  # likewise
         return False
-    with _lock:
-        full_passes = gc.get_stats()[-1]["collections"]
-        if full_passes != _full_passes:
-            _full_passes, _aged = full_passes, 0
-        _aged += objects
-        return _aged <= _MOST_AGED
+    # Without a lock, as a finalizer may come here; what two threads make of it differs by little.
+    full_passes = gc.get_stats()[-1]["collections"]
+    if full_passes != _full_passes:
+        _full_passes, _aged = full_passes, 0
+    _aged += objects
+    return _aged <= _MOST_AGED
+
+
+def those_that_stayed_may_go() -> None:
+    """Say that objects which were made at rest may be garbage soon: all are counted now, until the next full pass."""
+    global _aged  # noqa: PLW0603 - as above
+    if _aged:
+        _aged = _MOST_AGED
 
 
 class CollectorPace:

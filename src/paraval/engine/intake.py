@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from paraval.checks import Args
-from paraval.engine.collector import collector_at_rest
+from paraval.engine.collector import collector_at_rest, those_that_stayed_may_go
 from paraval.engine.ledger import Ledger
 from paraval.engine.life.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
@@ -112,6 +112,7 @@ class Intake:
 
     def close(self) -> None:
         """Have all written, and say that the owner of the jobs is gone; another launch says that it is back."""
+        those_that_stayed_may_go()
         if self._writer is not None:
             self._writer.close(_CLOSE_S)
         elif self._holds:

@@ -170,7 +170,6 @@ class Worker:
         self._seen = 0
         self._expects_more = False
         self._pid = os.getpid()
-        self._is_fork = False  # that is known of os.fork; that of a library is noticed when it is to report
         self._sending = _thread.allocate_lock()
         self._calling = _thread.allocate_lock()
         # Under _state: what the guard and the main thread share.
@@ -238,7 +237,6 @@ class Worker:
 
     def disown(self) -> None:
         """In a process that a job forked: signals do what they do in any process, unless the job has changed that."""
-        self._is_fork = True
         if signal.getsignal(signal.SIGTERM) is self._on_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is _take_no_notice:
@@ -370,7 +368,7 @@ class Worker:
             if was_asked and error.type == "CancelledError" and not error.message:
                 error = error._replace(message="it was asked to stop, by SIGTERM")
             return (*error, is_one_of(exc, self._retry_on)), None
-        if self._is_fork:
+        if os.getpid() != self._pid:
             exit_fork(None)  # the job forked, and its child came back too: there is one worker on this socket
         self._end_calls()
         try:
@@ -481,8 +479,6 @@ class Worker:
         return pickle.loads(value)  # noqa: S301 - likewise
 
     def _report(self) -> None:
-        if os.getpid() != self._pid:
-            exit_fork(None)
         with self._state:
             count = len(self._ends)
             if count:

@@ -411,3 +411,18 @@ def test_close_gives_back_what_it_cancelled_however_long_callbacks_take(method: 
 def sleep_until_stopped(job: RunningJob) -> None:
     while not job.stopped():
         time.sleep(0.005)
+
+
+def test_to_gather_while_jobs_are_announced_is_refused() -> None:
+    refused: list[str] = []
+
+    class Gathers(Callback):
+        def on_launch(self, job: Job) -> None:
+            with pytest.raises(ParavalError, match=r"gather\(\) in on_launch\(\) would wait") as caught:
+                evaluator.gather("ALL")
+            refused.append(str(caught.value))
+
+    with Evaluator.create(lambda job: job["x"], "thread", {"callbacks": [Gathers()]}) as evaluator:
+        evaluator.submit([{"x": 1}, {"x": 2}])
+        assert sorted(job.output for job in evaluator.gather("ALL")) == [1, 2]
+    assert len(refused) == 2

@@ -34,6 +34,7 @@ from workers import (
     error_of,
     errors,
     is_alive,
+    needs_loky,
     polite,
     processes,
     threads,
@@ -145,6 +146,23 @@ def test_static_arguments_reach_every_process(size: int, flags: Flags) -> None:
     assert errors(jobs) == []
     assert {job.output[0] for job in jobs} == {size}
     assert len({job.output[1] for job in jobs} - {os.getpid()}) == 2
+
+
+@pytest.mark.parametrize("executor", [processes, threads])
+@pytest.mark.parametrize("exception", [ValueError, SystemExit, KeyboardInterrupt, TimeoutError])
+def test_what_a_coroutine_raises_is_its_error(
+    executor: Callable[[], Executor], exception: type[BaseException], flags: Flags
+) -> None:
+    async def function(job: RunningJob) -> float:
+        if flags.count("calls") < job["x"]:
+            raise exception("the real reason")
+        return 1.0
+
+    with make(function, executor, retry_on=exception, max_attempts=2) as evaluator:
+        assert evaluator.evaluate({"x": 2}).output == 1.0
+        job = evaluator.evaluate({"x": 9})
+        assert job.error is not None
+        assert (job.error.type, job.error.message, job.error.attempts) == (exception.__name__, "the real reason", 2)
 
 
 def test_a_long_job_in_a_batch_gives_the_others_back(flags: Flags) -> None:
@@ -708,6 +726,19 @@ def test_a_driver_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
         driver.kill()
         driver.wait()
         driver.everybody_is_gone(5.0)
+
+
+@forks
+@needs_loky
+def test_a_driver_that_is_killed_leaves_no_worker_in_a_pool_of_lokys(tmp_path: Path) -> None:
+    jobs = JOBS.replace("from concurrent.futures import ProcessPoolExecutor", "from loky import ProcessPoolExecutor")
+    assert jobs != JOBS
+    with Driver(jobs + 'evaluator.gather("ALL")', tmp_path, "-W", "ignore") as driver:
+        driver.wait_for("pid-0", "pid-1")
+        driver.kill()
+        driver.wait()
+        driver.everybody_is_gone(5.0)
+        assert "Exception ignored" not in driver.output
 
 
 @forks

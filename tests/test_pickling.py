@@ -210,6 +210,30 @@ def test_what_is_defined_in_main_crosses_by_value() -> None:
     assert program.stdout == ["2 True"], program.stderr
 
 
+def test_functions_of_main_that_remember_their_results_go_by_value() -> None:
+    program = run_program(
+        """
+        import functools
+        from paraval import Evaluator
+
+        @functools.lru_cache(maxsize=8)
+        def load(count):
+            return list(range(count))
+
+        @functools.cache
+        def fibonacci(n):
+            return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+        def run(job):
+            return [load(job["x"]) is load(job["x"]), fibonacci(50), load.cache_parameters()["maxsize"]]
+
+        with Evaluator.create(run, "process") as evaluator:
+            print(evaluator.evaluate({"x": 3}).output)
+        """
+    )
+    assert program.stdout == ["[True, 12586269025, 8]"], program.stderr
+
+
 def test_what_crosses_back_is_what_it_was() -> None:
     """A class of ``__main__`` that came to a child by value and comes back is the class it was."""
     program = run_program(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import struct
 import threading
 import time
@@ -132,8 +133,6 @@ def test_a_worker_that_was_sent_nothing_takes_the_next_jobs(method: str) -> None
 @pytest.mark.parametrize("how", ["close", "timeout"])
 def test_what_is_stopped_while_its_worker_is_set_up_never_begins(method: str, how: str, flags: Flags) -> None:
     def set_up() -> None:  # until it is asked to stop
-        import signal
-
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         flags.put("in-set-up")
         while signal.SIGTERM not in signal.sigpending():
@@ -165,6 +164,55 @@ def test_a_job_that_was_given_up_is_not_touched_any_more() -> None:
     batch.return_ahead([returned])
     assert near.take() is last
     assert {(job.status, job.timing.started) for job in (ended, returned, waiting)} == {(JobStatus.CANCELLED, 1.0)}
+
+
+# -- a job that has made something else of SIGTERM ---------------------------------------------------------------------
+
+
+@both_methods
+@pytest.mark.parametrize("how", ["ignores it", "handles it", "handles it, and calls its storage"])
+def test_a_job_that_is_not_ended_by_sigterm_sees_that_it_shall_stop(method: str, how: str, flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if how == "ignores it" else lambda *_: None)
+        assert (job.stopped(), job.status) == (False, JobStatus.RUNNING)
+        flags.put("runs")
+        while not job.stopped():
+            if "storage" in how:
+                job.record(1, 1)
+            time.sleep(0.002)
+        return job.status.name
+
+    with Evaluator.create(function, method, {"kill_grace": 20}) as evaluator:
+        evaluator.submit(configurations(1))
+        flags.wait("runs")
+        evaluator.timeout = 0.01
+        (job,) = evaluator.gather("ALL")
+        assert (job.status, job.metadata["returned"]) == (JobStatus.CANCELLED, "CANCELLING")
+
+
+def test_what_a_job_left_behind_is_not_told_what_the_next_one_shall_do(flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if job["x"] == 0:
+            threading.Thread(target=look, args=(job,), daemon=True).start()
+            return 0
+        while not job.stopped():
+            time.sleep(0.002)
+        flags.put("saw")
+        return flags.wait("looked")
+
+    def look(job: RunningJob) -> None:
+        flags.wait("saw")
+        flags.put("looked", job.stopped())
+
+    with Evaluator.create(function, "process", {"kill_grace": 20}) as evaluator:
+        evaluator.submit([{"x": 0}])
+        evaluator.gather("ALL")
+        evaluator.submit([{"x": 1}])
+        until(lambda: evaluator.statistics().running)
+        evaluator.timeout = 0.01
+        (job,) = evaluator.gather("ALL")
+        assert job.metadata["returned"] == ["False"]
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------

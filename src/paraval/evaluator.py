@@ -368,6 +368,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._life.refuse_after_fork()
         ready = self._gather_condition(type, size)
         self._life.refuse_on_home("gather()", "gather_async()")
+        self._intake.refuse_in_on_launch("gather()")
         jobs: list[Job] = []
         try:
             while True:

@@ -74,6 +74,11 @@ class Channel:
         """Send what :meth:`post` has left; as :meth:`send`."""
         await self._write(memoryview(data))
 
+    def send_if_possible(self, data: bytes) -> None:
+        """Send a frame and its length, unless there is no room or nobody."""
+        with contextlib.suppress(OSError):
+            self._socket.send(data)
+
     def stop_calling(self) -> None:
         """Have what comes wait for :meth:`receive` again."""
         self._calls = None

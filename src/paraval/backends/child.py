@@ -21,6 +21,7 @@ from paraval.backends.channel import Channel
 from paraval.backends.tray import Tray
 from paraval.memory import MemoryMeter, WatchedProcess, descendants
 from paraval.outcome import JobError
+from paraval.worker.main import STOP
 
 __all__ = ["WorkerProcess"]
 
@@ -201,8 +202,9 @@ class WorkerProcess(Channel):
                 os.kill(pid, number)
 
     def ask_to_stop(self) -> None:
-        """Send SIGTERM."""
+        """Send SIGTERM; and a frame, as a job may make something else of that."""
         self._look_for_strays()  # what is asked may end, and leave its children without a line to the worker
+        self.send_if_possible(STOP)
         self.signal(signal.SIGTERM)
 
     def strike(self) -> None:

@@ -15,7 +15,7 @@ from paraval.engine.ledger import Ledger
 from paraval.engine.life.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
 from paraval.engine.running.following import take_over
-from paraval.errors import MaximumJobsSpawnReached, ParavalError, StorageError
+from paraval.errors import MaximumJobsSpawnReached, ParavalError, StorageError, UsageError
 from paraval.job import OURS, Job, JobContext, JobStatus, make_jobs
 from paraval.outcome import Outcome, error_from_exception
 from paraval.storage import JobChange, JobRecord, Storage
@@ -99,6 +99,7 @@ class Intake:
         self._notifier = notifier
         self._life = life
         self._counting = threading.Lock()
+        self._announcing: list[int] = []  # threads
         self.jobs: list[Job] = []
         self.num_submitted = 0
         self.most: int | None = None
@@ -159,8 +160,8 @@ class Intake:
         jobs = new.jobs
         self._ledger.expect(jobs, self._clock(), private)
         try:
-            for job in jobs if self._notifier.callbacks else ():
-                self._notifier.call("on_launch", job)
+            if self._notifier.callbacks:
+                self._announce(jobs)
             self._life.submit(jobs, new.outcomes, new.sources)
         except BaseException as exc:
             self._ledger.forget(jobs)
@@ -172,6 +173,20 @@ class Intake:
         if private is None:
             self.jobs += jobs
         return jobs
+
+    def _announce(self, jobs: Sequence[Job]) -> None:
+        here = threading.get_ident()
+        self._announcing.append(here)
+        try:
+            for job in jobs:
+                self._notifier.call("on_launch", job)
+        finally:
+            self._announcing.remove(here)
+
+    def refuse_in_on_launch(self, call: str) -> None:
+        """Raise UsageError where a blocking call would wait for jobs that this thread is about to submit."""
+        if threading.get_ident() in self._announcing:
+            raise UsageError(f"{call} in on_launch() would wait for jobs that are submitted when that has returned")
 
     def _make(self, configurations: Sequence[Args], *, is_private: bool) -> _New:
         if self._writer is not None:

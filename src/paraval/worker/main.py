@@ -8,6 +8,7 @@ parent   ``("setup", Setup)``              once, first
          seconds, more)``                  begun is to be sent back; whether more may lie on the tray then
          ``("look",)``                     there is
          ``("reply", error, value)``       to a call; both sealed
+         ``("stop",)``                     the job shall: for one that has made something else of SIGTERM
 child    ``("ready", bytes)``               the setup is done; the memory held then, where it is limited
          ``("done", n, at, times,          what became of jobs of message n, of those from place ``at`` on: when they
          errors, values)``                 began, then when they ended (doubles); the errors, by their place among
@@ -52,17 +53,21 @@ from paraval.outcome import JobError, error_from_exception
 from paraval.worker.output import flush_output, unbuffer_output
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
-__all__ = ["HEAD", "MESSAGE", "PAIR", "Sealed", "Setup", "exit_fork", "is_one_of", "main", "sendable"]
+__all__ = ["HEAD", "MESSAGE", "PAIR", "STOP", "Sealed", "Setup", "exit_fork", "is_one_of", "main", "sendable"]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
 _LONGEST_S: Final = 0.1
 """How long the guard sleeps at most while there is a batch: clocks may be changed."""
+_PEEKED: Final = 1 << 12
 HEAD: Final = 8
 """Bytes of the number before a message on the tray."""
 MESSAGE: Final = 1 << 16
 """Bytes of the largest message there, with its number."""
 
+_STOP: Final = pickle.dumps(("stop",), 5)
+STOP: Final = len(_STOP).to_bytes(8, "little") + _STOP
+"""The frame, with its length."""
 PAIR: Final = struct.Struct("2d")
 """When one job began, and when it ended."""
 
@@ -158,6 +163,27 @@ def _die_with_the_parent(lifeline: int) -> None:
     _thread.start_new_thread(watch, ())
 
 
+class _LiveJob(LiveJob):
+    """The job that runs: it is asked to stop by SIGTERM; or by a frame, where it has made something else of that."""
+
+    __slots__ = ("_state", "_worker")
+
+    def __init__(self, context: JobContext, worker: Worker) -> None:
+        self.context = context
+        self._state = JobStatus.RUNNING
+        self._worker = worker
+
+    @property
+    def _status(self) -> JobStatus:
+        if self._state is JobStatus.RUNNING and self._worker.is_told_to_stop(self):
+            self._state = JobStatus.CANCELLING
+        return self._state
+
+    @_status.setter
+    def _status(self, status: JobStatus) -> None:
+        self._state = status
+
+
 class Worker:
     """Runs jobs. Its main thread runs them; its guard thread reports for it when a job takes long."""
 
@@ -189,7 +215,8 @@ class Worker:
         self._guard_runs = False
         self._is_asked_to_stop = False
         self._waits_to_be_told = False
-        self._live: LiveJob | None = None
+        self._live: _LiveJob | None = None
+        self._peeked: Any = None
         self._client = self._storage_client
         self._has_client = False
         self._runner: Any = None
@@ -228,6 +255,19 @@ class Worker:
             job._status = JobStatus.CANCELLING
         if runner is not None:
             runner.cancel()
+
+    def is_told_to_stop(self, live: _LiveJob) -> bool:
+        """Whether the parent has sent a frame that says so, to be asked where SIGTERM does not tell."""
+        if _handler_of(signal.SIGTERM) is self._on_sigterm or live is not self._live or os.getpid() != self._pid:
+            return False
+        import _socket  # here: most workers never need it; the one in socket takes a while
+
+        try:
+            if self._peeked is None:
+                self._peeked = _socket.socket(fileno=os.dup(self._fd))
+            return STOP in self._peeked.recv(_PEEKED, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
+        except OSError:  # there is nothing, or nobody, or no descriptor left
+            return False
 
     def handle_sigterm(self) -> None:
         """Have :meth:`ask_to_stop` react to SIGTERM, whatever a job has made of that."""
@@ -353,7 +393,7 @@ class Worker:
                 args = pickle.loads(args.data)  # noqa: S301 - from our own parent
             if _handler_of(signal.SIGTERM) is not self._on_sigterm:  # an earlier job, or the set-up, has changed it
                 self.handle_sigterm()
-            self._live = live = LiveJob(self._context)
+            self._live = live = _LiveJob(self._context, self)
             if self._is_asked_to_stop:  # just before there was a job to tell
                 live._status = JobStatus.CANCELLING
             value = self._function(running_job(live, job_id, args, self._client, self._stopper), **self._kwargs)
@@ -377,7 +417,7 @@ class Worker:
             error = JobError("exception", str(exc), type="PicklingError")
             return (*error, False), None
 
-    def _complete(self, coroutine: Any, live: LiveJob) -> Any:
+    def _complete(self, coroutine: Any, live: _LiveJob) -> Any:
         return self._runner.run(coroutine, lambda: live._status is JobStatus.CANCELLING)
 
     def _storage_client(self) -> Any:
@@ -470,7 +510,8 @@ class Worker:
             if self._live is None:  # from now on the main thread reads from the socket
                 raise UsageError("the job has ended; a thread that it left behind cannot reach its storage")
             self._send(("call", method, sealed))
-            reply = self._receive()
+            while (reply := self._receive()) is not None and reply[0] == "stop":
+                self._live._status = JobStatus.CANCELLING
         if reply is None:
             raise EOFError("the driver is gone")
         _, error, value = reply

@@ -7,10 +7,12 @@ value, with cloudpickle.
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 __all__ = [
@@ -78,13 +80,39 @@ def dumps(value: Any, name: str) -> bytes:
             return data
     except BaseException:  # noqa: BLE001, S110 - a lambda, say; cloudpickle knows more, and tells why if it does not
         pass
-    import cloudpickle  # here: most children never need it
-
+    pieces = io.BytesIO()
     try:
-        data = cloudpickle.dumps(value, _PROTOCOL)
+        _by_value(pieces).dump(value)
     except BaseException as exc:  # users' code, which may even call sys.exit
         raise PicklingFailed(explain(value, name, exc)) from exc
-    return bytes(data)
+    return pieces.getvalue()
+
+
+def _by_value(file: Any) -> Any:
+    """Make a pickler that sends what is defined in ``__main__`` by value."""
+    return _class_by_value()(file, _PROTOCOL)
+
+
+@functools.cache
+def _class_by_value() -> Any:
+    import cloudpickle  # here: most children never need it
+
+    class ByValue(cloudpickle.Pickler):  # type: ignore[misc] # it has no types
+        def reducer_override(self, thing: Any) -> Any:
+            if type(thing) is _CACHED and getattr(thing, "__module__", None) == "__main__":
+                # cloudpickle sends what functools.lru_cache makes of a function by name.
+                return _cached, (thing.__wrapped__, thing.cache_parameters())
+            return super().reducer_override(thing)
+
+    return ByValue
+
+
+_CACHED: Final = type(functools.lru_cache(print))
+
+
+def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    """Make what :func:`functools.lru_cache` makes of a function, with nothing in it yet."""
+    return functools.lru_cache(**parameters)(function)
 
 
 class PiecewisePickler:
@@ -123,11 +151,9 @@ class PiecewisePickler:
             pass
         finally:
             self._pickler.clear_memo()
-        import cloudpickle  # as above
-
         pieces.begin(most)
         try:
-            cloudpickle.Pickler(pieces, _PROTOCOL).dump(value)
+            _by_value(pieces).dump(value)
         except TooLargeError:
             raise
         except BaseException as exc:  # as above
@@ -244,10 +270,8 @@ def _blame(value: Any, path: str, exc: BaseException, *, depth: int, seen: set[i
 
 
 def _failure(value: Any) -> BaseException | None:
-    import cloudpickle  # as above
-
     try:
-        cloudpickle.dumps(value, _PROTOCOL)
+        _by_value(io.BytesIO()).dump(value)
     except BaseException as exc:  # noqa: BLE001 - a __reduce__ may raise anything
         return exc
     return None

@@ -30,6 +30,8 @@ __all__ = ["Done", "Program", "Report", "hold", "run_jobs", "serve"]
 
 _ENOUGH_S: Final = 0.005
 """After so many seconds a call starts no further job."""
+_LOOK_S: Final = 0.5
+"""How often a worker looks whether the driver is there, where it would not be told."""
 _MOST_PROGRAMS: Final = 16
 
 
@@ -178,7 +180,11 @@ _watched: set[int] = set()
 
 
 def _watch(parent: Any) -> None:
-    parent.join()
+    try:
+        parent.join()
+    except ValueError:  # loky gives nothing that could be waited for
+        while os.getppid() == parent.pid:
+            time.sleep(_LOOK_S)
     os._exit(1)
 
 
@@ -276,7 +282,7 @@ class _Call:
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             if os.getpid() != pid:
                 exit_fork(exc)
-            error = (*error_from_exception(exc), is_one_of(exc, loaded.retry_on))
+            error, value = (*error_from_exception(exc), is_one_of(exc, loaded.retry_on)), None
         finished = time.monotonic()
         if os.getpid() != pid:
             exit_fork(None)  # the job forked, and its child came back too: one of them is enough

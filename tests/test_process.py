@@ -479,6 +479,14 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
         make(double, **kwargs)
 
 
+def test_an_initializer_that_nobody_would_await_is_refused() -> None:
+    async def initializer() -> None:
+        raise AssertionError("it is never called")
+
+    with pytest.raises(TypeError, match=r"initializer must be a plain function: nobody awaits what .*initializer"):
+        make(double, initializer=initializer)
+
+
 def test_nothing_listens(flags: Flags) -> None:
     def function(job: RunningJob) -> int:
         flags.put(f"pid-{job['x']}", os.getpid())

@@ -1285,6 +1285,9 @@ def test_the_terminal_record_is_stored_before_anyone_hears_of_it(method: str) ->
         ({"batching": -3}, ValueError, "batching"),
         ({"batching": "many"}, ValueError, "batching"),
         ({"batching": None}, (ValueError, TypeError), "batching"),
+        ({"profile": "yes"}, TypeError, "profile must be True or False"),
+        ({"resume": 1}, TypeError, "resume must be True or False"),
+        ({"reuse": None}, TypeError, "reuse must be True or False"),
     ],
 )
 def test_a_bad_argument_is_named(kwargs: dict[str, Any], built_in: Any, name: str) -> None:

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from paraval.errors import BadValueError, WrongTypeError
+from paraval.functions import describe, is_async
 from paraval.job import Job
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "configurations",
     "count",
     "exception_types",
+    "flag",
     "function_or_none",
     "int_or_none",
     "job_class",
@@ -130,10 +132,19 @@ def capture(name: str, value: object, *, default: int) -> int | None:
 
 
 def function_or_none(name: str, value: object) -> Any:
-    """Take something callable, or None."""
+    """Take a plain function, or anything else that can be called and does it at once; or None."""
     if value is not None and not callable(value):
         raise WrongTypeError(f"{name} must be callable, not {value!r}")
+    if is_async(value):
+        raise WrongTypeError(f"{name} must be a plain function: nobody awaits what {describe(value)} gives")
     return value
+
+
+def flag(name: str, value: object) -> bool:
+    """Take True or False (those of NumPy, too)."""
+    if value is True or value is False or type(value).__name__ in {"bool", "bool_"}:
+        return bool(value)
+    raise WrongTypeError(f"{name} must be True or False, not {value!r}")
 
 
 def exception_types(name: str, value: object) -> tuple[type[BaseException], ...]:

@@ -156,6 +156,9 @@ class Evaluator(ReferenceNames, abc.ABC):
         if not callable(run_function):
             raise WrongTypeError(f"run_function must be callable, not {type(run_function).__name__}")
         self.run_function, self._memory_limit = run_function, None
+        profile, resume, reuse = (
+            checks.flag(flag, value) for flag, value in (("profile", profile), ("resume", resume), ("reuse", reuse))
+        )
         if memory_limit is not None or profile or self.watches_memory:
             from paraval.profiling import for_evaluator  # here: most evaluators never need it
 

@@ -418,11 +418,18 @@ def test_to_gather_while_jobs_are_announced_is_refused() -> None:
 
     class Gathers(Callback):
         def on_launch(self, job: Job) -> None:
+            if job.args["x"] == 3:  # which need not wait for those that are announced
+                assert len(evaluator.gather("BATCH", 2)) == 2
+            if job.args["x"] == 4:  # nothing that a gather would wait for
+                assert evaluator.gather("ALL") == []
+                return
             with pytest.raises(ParavalError, match=r"gather\(\) in on_launch\(\) would wait") as caught:
                 evaluator.gather("ALL")
             refused.append(str(caught.value))
 
     with Evaluator.create(lambda job: job["x"], "thread", {"callbacks": [Gathers()]}) as evaluator:
         evaluator.submit([{"x": 1}, {"x": 2}])
-        assert sorted(job.output for job in evaluator.gather("ALL")) == [1, 2]
-    assert len(refused) == 2
+        evaluator.submit([{"x": 3}])
+        assert [job.output for job in evaluator.gather("ALL")] == [3]
+        assert evaluator.evaluate({"x": 4}).output == 4
+    assert len(refused) == 3

@@ -287,6 +287,19 @@ def test_a_defect_where_no_task_is_ends_the_worker_and_nothing_hangs(
     on_asyncio(main)
 
 
+def test_jobs_may_be_falsy() -> None:
+    class Row(Job):
+        def __len__(self) -> int:
+            return len(self.args)
+
+    for method in ("process", "thread"):
+        with Evaluator.create(lambda job: 1, method, {"num_workers": 2, "job_class": Row}) as evaluator:
+            for _ in range(3):
+                assert evaluator.evaluate({}).output == 1
+                evaluator.submit([{}] * 3)
+                assert [job.output for job in evaluator.gather("ALL")] == [1] * 3
+
+
 def test_others_begin_when_one_ends_and_callbacks_may_raise(flags: Flags) -> None:
     class Raises(Callback):
         def on_done(self, job: Job) -> None:

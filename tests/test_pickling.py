@@ -234,6 +234,34 @@ def test_functions_of_main_that_remember_their_results_go_by_value() -> None:
     assert program.stdout == ["[True, 12586269025, 8]"], program.stderr
 
 
+def test_of_a_function_that_remembers_its_results_its_own_notes_travel_and_nothing_is_guessed() -> None:
+    program = run_program(
+        """
+        import functools
+        from paraval import Evaluator
+
+        @functools.cache
+        def noted(x):
+            return x
+        noted.limit = 5
+
+        def doubled(function):
+            return functools.wraps(function)(functools.lru_cache(lambda x: 2 * function(x)))
+
+        @doubled
+        def value(x):
+            return x
+
+        with Evaluator.create(lambda job: noted(job["x"]) + noted.limit, "process") as evaluator:
+            print(evaluator.evaluate({"x": 3}).output)
+        with Evaluator.create(lambda job: value(job["x"]), "process") as evaluator:
+            job = evaluator.evaluate({"x": 21})  # whose __wrapped__ is not what it calls
+            print(job.output in (42, None), job.error is not None or job.output)
+        """
+    )
+    assert program.stdout in (["8", "True 42"], ["8", "True True"]), program.stderr
+
+
 def test_what_crosses_back_is_what_it_was() -> None:
     """A class of ``__main__`` that came to a child by value and comes back is the class it was."""
     program = run_program(

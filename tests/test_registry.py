@@ -76,6 +76,11 @@ def test_an_argument_that_there_is_not_is_named_and_what_may_have_been_meant() -
         Evaluator.create(double, "thread", {"of_mine": 2})
 
 
+def test_a_bad_value_is_not_taken_for_an_argument_that_there_is_not() -> None:
+    with pytest.raises(TypeError, match=r"profile must be True or False"):
+        Evaluator.create(double, "thread", {"profile": "yes"})
+
+
 @pytest.mark.parametrize("name", ["nope", "", "Serial", None, 3, ["serial"]])
 def test_an_unknown_method_is_a_value_error_that_lists_the_others(name: Any) -> None:
     with pytest.raises(ValueError, match=r"unknown method.*serial, thread") as caught:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
+import socket
 import struct
 import threading
 import time
@@ -188,6 +190,41 @@ def test_a_job_that_is_not_ended_by_sigterm_sees_that_it_shall_stop(method: str,
         evaluator.timeout = 0.01
         (job,) = evaluator.gather("ALL")
         assert (job.status, job.metadata["returned"]) == (JobStatus.CANCELLED, "CANCELLING")
+
+
+@both_methods
+def test_a_job_that_has_ignored_sigterm_for_a_while_sees_that_it_shall_stop(method: str, flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        flags.put("runs", os.getpid())
+        flags.wait("go")
+        signal.signal(signal.SIGTERM, before)
+        until(job.stopped)
+        return "told"
+
+    with Evaluator.create(function, method, {"kill_grace": 20}) as evaluator:
+        evaluator.submit(configurations(1))
+        flags.wait("runs")
+        evaluator.timeout = 0.01
+        until(lambda: evaluator.jobs[0].status is JobStatus.CANCELLING)
+        flags.put("go")
+        (job,) = evaluator.gather("ALL")
+        assert job.metadata["returned"] == "told"
+
+
+@both_methods
+def test_to_ask_whether_to_stop_changes_nothing_of_the_socket(method: str) -> None:
+    def function(job: RunningJob) -> Any:
+        socket.setdefaulttimeout(5)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        assert not job.stopped()
+        job.record(1, 2)
+        return bytes(2_000_000) if job["x"] == 1 else job["x"]
+
+    with Evaluator.create(function, method) as evaluator:
+        found = [evaluator.evaluate({"x": x}) for x in range(4)]
+        assert [job.error for job in found] == [None] * 4
+        assert [job.output for job in found] == [0, bytes(2_000_000), 2, 3]
 
 
 def test_what_a_job_left_behind_is_not_told_what_the_next_one_shall_do(flags: Flags) -> None:

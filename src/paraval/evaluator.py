@@ -291,8 +291,9 @@ class Evaluator(ReferenceNames, abc.ABC):
         kwargs = checks.keywords("method_kwargs", method_kwargs)
         try:
             return cls(run_function, **kwargs)
-        except TypeError:
-            registry.refuse_unknown(cls, kwargs)
+        except TypeError as exc:
+            if not isinstance(exc, ParavalError):
+                registry.refuse_unknown(cls, kwargs)
             raise
 
     # -- submit --------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._life.refuse_after_fork()
         ready = self._gather_condition(type, size)
         self._life.refuse_on_home("gather()", "gather_async()")
-        self._intake.refuse_in_on_launch("gather()")
+        self._intake.refuse_in_on_launch(size if type == "BATCH" else None)
         jobs: list[Job] = []
         try:
             while True:

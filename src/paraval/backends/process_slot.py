@@ -231,7 +231,10 @@ class ProcessSlot(Slot):
         if not self._can_go_on(process, process.setup):
             return False
         number = process.next_number
-        frame = pickle.dumps(("jobs", number, [(job.id, job.args)], batch.hold_s, False), 5)
+        try:
+            frame = pickle.dumps(("jobs", number, [(job.id, job.args)], batch.hold_s, False), 5)
+        except Exception:  # noqa: BLE001 - there is no memory for it, say; a task can tell
+            return False
         unsent = process.post_jobs(frame, self._hear)
         if unsent is None:
             return False

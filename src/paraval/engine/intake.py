@@ -99,7 +99,7 @@ class Intake:
         self._notifier = notifier
         self._life = life
         self._counting = threading.Lock()
-        self._announcing: list[int] = []  # threads
+        self._announcing: dict[int, int] = {}  # how many jobs, by threads
         self.jobs: list[Job] = []
         self.num_submitted = 0
         self.most: int | None = None
@@ -161,7 +161,7 @@ class Intake:
         self._ledger.expect(jobs, self._clock(), private)
         try:
             if self._notifier.callbacks:
-                self._announce(jobs)
+                self._announce(jobs, 0 if private is not None else len(jobs))
             self._life.submit(jobs, new.outcomes, new.sources)
         except BaseException as exc:
             self._ledger.forget(jobs)
@@ -174,19 +174,28 @@ class Intake:
             self.jobs += jobs
         return jobs
 
-    def _announce(self, jobs: Sequence[Job]) -> None:
+    def _announce(self, jobs: Sequence[Job], public: int) -> None:
         here = threading.get_ident()
-        self._announcing.append(here)
+        before = self._announcing.get(here, 0)
+        self._announcing[here] = before + public
         try:
             for job in jobs:
                 self._notifier.call("on_launch", job)
         finally:
-            self._announcing.remove(here)
+            self._announcing[here] = before
+            if not before:
+                del self._announcing[here]
 
-    def refuse_in_on_launch(self, call: str) -> None:
-        """Raise UsageError where a blocking call would wait for jobs that this thread is about to submit."""
-        if threading.get_ident() in self._announcing:
-            raise UsageError(f"{call} in on_launch() would wait for jobs that are submitted when that has returned")
+    def refuse_in_on_launch(self, size: int | None) -> None:
+        """Raise UsageError where a gather would wait for jobs that this thread is about to submit.
+
+        Args:
+            size: how many jobs it waits for; None: for all.
+        """
+        announced = self._announcing.get(threading.get_ident(), 0)
+        ledger = self._ledger
+        if announced and (size is None or ledger.ungathered + ledger.in_flight - announced < size):
+            raise UsageError("gather() in on_launch() would wait for jobs that are submitted when that has returned")
 
     def _make(self, configurations: Sequence[Args], *, is_private: bool) -> _New:
         if self._writer is not None:

@@ -60,6 +60,8 @@ _HOLD_S: Final = 0.005
 _LONGEST_S: Final = 0.1
 """How long the guard sleeps at most while there is a batch: clocks may be changed."""
 _PEEKED: Final = 1 << 12
+_PEEK_S: Final = 0.02
+"""How often a job that asks whether it shall stop has the socket looked at."""
 HEAD: Final = 8
 """Bytes of the number before a message on the tray."""
 MESSAGE: Final = 1 << 16
@@ -167,6 +169,7 @@ class _LiveJob(LiveJob):
     """The job that runs: it is asked to stop by SIGTERM; or by a frame, where it has made something else of that."""
 
     __slots__ = ("_state", "_worker")
+    _state: JobStatus
 
     def __init__(self, context: JobContext, worker: Worker) -> None:
         self.context = context
@@ -217,6 +220,7 @@ class Worker:
         self._waits_to_be_told = False
         self._live: _LiveJob | None = None
         self._peeked: Any = None
+        self._peeks_at = 0.0
         self._client = self._storage_client
         self._has_client = False
         self._runner: Any = None
@@ -257,14 +261,17 @@ class Worker:
             runner.cancel()
 
     def is_told_to_stop(self, live: _LiveJob) -> bool:
-        """Whether the parent has sent a frame that says so, to be asked where SIGTERM does not tell."""
-        if _handler_of(signal.SIGTERM) is self._on_sigterm or live is not self._live or os.getpid() != self._pid:
+        """Whether the parent has sent a frame that says so: the job may have ignored SIGTERM for a while."""
+        now = monotonic()
+        if now < self._peeks_at or live is not self._live or os.getpid() != self._pid:
             return False
+        self._peeks_at = now + _PEEK_S
         import _socket  # here: most workers never need it; the one in socket takes a while
 
         try:
             if self._peeked is None:
                 self._peeked = _socket.socket(fileno=os.dup(self._fd))
+                self._peeked.setblocking(True)  # for both descriptors, whatever a job has made the default of new ones
             return STOP in self._peeked.recv(_PEEKED, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
         except OSError:  # there is nothing, or nobody, or no descriptor left
             return False
@@ -402,7 +409,7 @@ class Worker:
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             if os.getpid() != self._pid:
                 exit_fork(exc)
-            was_asked = self._live is not None and self._live._status is JobStatus.CANCELLING
+            was_asked = self._live is not None and self._live._state is JobStatus.CANCELLING
             self._end_calls()
             error = error_from_exception(exc)
             if was_asked and error.type == "CancelledError" and not error.message:
@@ -507,11 +514,12 @@ class Worker:
             raise UsageError("a process that a job forked cannot reach its storage: record and store in the job itself")
         sealed = dumps(args, f"the arguments of {method}")
         with self._calling:
-            if self._live is None:  # from now on the main thread reads from the socket
+            live = self._live
+            if live is None:  # from now on the main thread reads from the socket
                 raise UsageError("the job has ended; a thread that it left behind cannot reach its storage")
             self._send(("call", method, sealed))
             while (reply := self._receive()) is not None and reply[0] == "stop":
-                self._live._status = JobStatus.CANCELLING
+                live._status = JobStatus.CANCELLING
         if reply is None:
             raise EOFError("the driver is gone")
         _, error, value = reply

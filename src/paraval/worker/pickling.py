@@ -8,6 +8,7 @@ value, with cloudpickle.
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import itertools
 import math
@@ -99,15 +100,22 @@ def _class_by_value() -> Any:
 
     class ByValue(cloudpickle.Pickler):  # type: ignore[misc] # it has no types
         def reducer_override(self, thing: Any) -> Any:
-            if type(thing) is _CACHED and getattr(thing, "__module__", None) == "__main__":
-                # cloudpickle sends what functools.lru_cache makes of a function by name.
-                return _cached, (thing.__wrapped__, thing.cache_parameters())
+            # cloudpickle sends what functools.lru_cache makes of a function by name. __wrapped__ may have been changed
+            # since: it is the function if the object itself refers to it.
+            if (
+                type(thing) is _CACHED
+                and getattr(thing, "__module__", None) == "__main__"
+                and any(it is thing.__wrapped__ for it in gc.get_referents(thing))
+            ):
+                notes = {name: value for name, value in vars(thing).items() if name not in _OF_CACHED}
+                return _cached, (thing.__wrapped__, thing.cache_parameters()), notes
             return super().reducer_override(thing)
 
     return ByValue
 
 
 _CACHED: Final = type(functools.lru_cache(print))
+_OF_CACHED: Final = frozenset({*functools.WRAPPER_ASSIGNMENTS, "__wrapped__", "cache_parameters"})
 
 
 def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:

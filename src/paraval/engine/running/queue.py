@@ -89,10 +89,10 @@ class JobQueue:
         """Give the next job, or None when none waits."""
         return self._jobs.popleft() if self._jobs else None
 
-    def pull_back(self) -> Job | None:
-        """Give a job that others give back for a worker that finds none, or None."""
-        if self.on_lack is None:
-            return None
+    def pull_now(self) -> Job | None:
+        """Give the next job, or one that others give back for a worker that finds none; or None."""
+        if self._jobs or self.on_lack is None:
+            return self.pull_nowait()
         self.idle += 1
         try:
             self.on_lack()

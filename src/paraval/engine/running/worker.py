@@ -159,7 +159,9 @@ class Worker:
                 await self._stand_by()
                 batch = self.batch  # which needs this task
             else:
-                job, self._handed = self._handed or queue.pull_nowait(), None
+                job, self._handed = self._handed, None
+                if job is None:  # not by its truth, which a class of the user's may have made its own
+                    job = queue.pull_nowait()
                 if job is None:
                     job = await queue.pull()
                     dispatch.last_turn = clock()
@@ -201,7 +203,7 @@ class Worker:
     def _begin_next(self) -> None:
         """Begin a batch, or have the queue call this again when there is a job."""
         queue = self._dispatch.queue
-        while (job := queue.pull_nowait() or queue.pull_back()) is not None:
+        while (job := queue.pull_now()) is not None:
             if job._is_adopted:
                 self._handed = job  # its mark is to be waited for
                 self._needed.set()

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paraval import HPOJob, Job, JobError, JobStatus, JobTiming, RunningJob
+from paraval.job import JobContext, make_jobs
 from paraval.outcome import Outcome
-from paraval.storage import MemoryStorage
+from paraval.storage import MemoryStorage, NullStorage
 
 FAILED = JobError("exception", "bad", type="ValueError")
 parameters = st.dictionaries(st.text().filter(lambda key: key != "job_id"), st.integers(), max_size=5)
@@ -300,3 +301,16 @@ def test_a_running_job_is_equal_to_a_mapping_with_the_same_items() -> None:
 
 def test_repr_of_a_running_job_names_it() -> None:
     assert repr(RunningJob(parameters={"x": 1})) == "RunningJob(id='0.0', status=READY, parameters={'x': 1})"
+
+
+@pytest.mark.parametrize("job_class", [Job, HPOJob])
+def test_jobs_that_are_made_together_are_as_their_constructor_makes_them(job_class: type[Job]) -> None:
+    def state(job: Job) -> dict[str, Any]:
+        return {name: getattr(job, name) for name in Job.__slots__ if name != "__weakref__"}
+
+    context, storage = JobContext(), NullStorage()
+    one = job_class("0.1", {"x": 1}, print, storage)
+    one.metadata, one.context, one._submitted = {"at": 2}, context, 3.0
+    (made,) = make_jobs(job_class, ["0.1"], [{"x": 1}], [{"at": 2}], print, storage, context, 3.0)
+    assert type(made) is job_class
+    assert state(made) == state(one)

@@ -341,13 +341,11 @@ def make_jobs(
 
 
 class LiveJob:
-    """What a running job shows of its job where that is not: in a worker process."""
+    """What a running job shows of its job where that is not: in a worker process, which says how it learns of that."""
 
-    __slots__ = ("_status", "context")
-
-    def __init__(self, context: JobContext) -> None:
-        self._status = _RUNNING
-        self.context = context
+    __slots__ = ("context",)
+    context: JobContext
+    _status: JobStatus
 
 
 class RunningJob(MutableMapping[str, Any]):
@@ -488,7 +486,6 @@ def running_job(
 _NO_CONTEXT = JobContext()
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _READY = JobStatus.READY
-_RUNNING = JobStatus.RUNNING
 _DONE = JobStatus.DONE
 _CANCELLED = JobStatus.CANCELLED
 OURS: Final = frozenset({Job, HPOJob})

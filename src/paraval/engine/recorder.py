@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from paraval.engine.ledger import Ledger
@@ -82,25 +82,28 @@ class Recorder:
 
     def record(self, jobs: list[Job]) -> None:
         """Store the end of jobs, and hand them over."""
-        changes = self._change(jobs[0]) if len(jobs) == 1 else self._ends(jobs)
         if self._writer is not None:
-            changes = changes.changes() if isinstance(changes, JobEnds) else changes
-            self._writer.put(changes, functools.partial(self._written, jobs))
+            self._writer.put(self._changes(jobs), functools.partial(self._written, jobs))
             return
         try:
-            if isinstance(changes, JobEnds):
-                self._storage.end_jobs(changes)
+            if len(jobs) == 1:  # what is made for many costs a job that comes alone twice as much
+                self._storage.update(self._changes(jobs))
             else:
-                self._storage.update(changes)
+                self._storage.end_jobs(self._ends(jobs))
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
             self._written(jobs, exc)
         else:
             self._hand_over(jobs)
 
-    def _change(self, job: Job) -> Sequence[JobChange] | JobEnds:
-        # What is made for many costs a job that comes alone twice as much.
-        status = job._status._value_  # Enum.value would be a detour
-        return [JobChange(job.id, status=status, out=_out(job), error=job.error, metadata=job.metadata, by=self._owner)]
+    def _changes(self, jobs: list[Job]) -> list[JobChange]:
+        owner = self._owner
+        return [
+            # Enum.value would be a detour.
+            JobChange(
+                job.id, status=job._status._value_, out=_out(job), error=job.error, metadata=job.metadata, by=owner
+            )
+            for job in jobs
+        ]
 
     def _ends(self, jobs: list[Job]) -> JobEnds:
         return JobEnds(

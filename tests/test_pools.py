@@ -293,16 +293,16 @@ def test_what_is_not_the_board_is_not_touched(tmp_path: Path) -> None:
     with path.open("r+") as file:
         board = Board()
         link = board.address.link
-        found = BoardOfWorker(board.address)
-        assert found.begin(2)
+        found = BoardOfWorker.at(board.address)
+        assert found.begin(2, 0.5)
         assert board.current == 2
         for other in (f"/proc/self/fd/{file.fileno()}", str(path), "/proc/self/fd/none"):
             with pytest.raises(OSError, match=r"Errno|another process's"):
-                BoardOfWorker(Address(other, link))
+                BoardOfWorker.at(Address(other, link))
         address = board.address
         board.close()
         with pytest.raises(OSError, match=r"Errno|another process's"):
-            BoardOfWorker(address)
+            BoardOfWorker.at(address)
         found.close()
     assert path.read_text() == "precious"
 

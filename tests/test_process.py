@@ -30,7 +30,19 @@ from paraval.backends.process import ProcessPoolEvaluator
 from paraval.storage import JobRecord, MemoryStorage, UnknownIdError
 from runfunctions import AsyncScaler, Flags, Scaler, append_one, async_double, double, echo, scaled
 from support import WAIT_S, CountingStorage, Latch, configurations, outputs, run_all, soon, until, until_async
-from workers import by_x, children, errors, is_alive, listening, needs_trio, open_files, polite, timed_out, worker_marks
+from workers import (
+    LOKY,
+    by_x,
+    children,
+    errors,
+    is_alive,
+    listening,
+    needs_trio,
+    open_files,
+    polite,
+    timed_out,
+    worker_marks,
+)
 
 pytestmark = worker_marks
 
@@ -349,13 +361,14 @@ HEAVY = {
         pytest.param("lambda job: [job['x'], *sys.modules]", HEAVY, id="by-value"),
     ],
 )
-def test_a_worker_imports_little(function: str, refused: set[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kwargs", [{}, {"job_timeout": 60}], ids=["", "limited"])
+def test_a_worker_imports_little(function: str, refused: set[str], kwargs: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "lean.py", "import sys\n\ndef run(job):\n    return [job['x'], *sys.modules]\n")
     program = f"""
 import sys
 import lean
 from paraval import Evaluator
-with Evaluator.create({function}, "process") as evaluator:
+with Evaluator.create({function}, "process", {kwargs}) as evaluator:
     print(*evaluator.evaluate({{"x": [2]}}).output, sep="\\n")
 """
     loaded = set(python(tmp_path, "-c", program)[0].splitlines())
@@ -1048,15 +1061,56 @@ def test_the_budget_of_an_evaluator_holds_while_a_worker_is_set_up() -> None:
         assert all(timed_out(job) for job in evaluator.gather("ALL"))
 
 
-def test_a_job_sent_ahead_that_holds_the_gil_is_killed_on_time(flags: Flags) -> None:
-    function = deaf(flags, "gil", seconds=8)
+@pytest.mark.parametrize("method", ["process", LOKY])
+@pytest.mark.parametrize("how", ["gil", "sleeps"])
+@pytest.mark.parametrize("limit", [0.5, 1.1])  # above a second, several messages may be with a worker
+def test_a_job_in_a_batch_is_killed_on_time_and_alone(method: str, how: str, limit: float, flags: Flags) -> None:
+    function = deaf(flags, how, seconds=30)
 
     def either(job: RunningJob) -> Any:
-        return function(job) if job["x"] == 2 else job["x"]
+        if job["x"] == 2:
+            flags.count("runs")
+            return function(job)
+        return job["x"]
 
-    jobs = run(either, configurations(5), batching=5, job_timeout=0.5, kill_grace=0.2)
+    kwargs = {"batching": 5, "job_timeout": limit, "kill_grace": 0.2}
+    with Evaluator.create(either, method, kwargs) as evaluator:
+        evaluator.submit(configurations(5))
+        jobs = by_x(evaluator.gather("ALL"))
+        assert timed_out(jobs[2])
+        assert [jobs[x].output for x in (0, 1, 3, 4)] == [0, 1, 3, 4]
+        assert flags.text("count-runs") == "1"
+        assert jobs[2].error is not None
+        assert jobs[2].error.attempts == 1
+        gone(flags, "pid-2", "sleeper-2")
+
+
+@pytest.mark.parametrize("method", ["process", LOKY])
+def test_a_job_in_a_batch_that_holds_the_gil_may_end_within_the_grace(method: str, flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        if job["x"] == 2:
+            runfunctions.hold_the_gil(60)  # which the signal ends
+            return f"stopped: {job.stopped()}"
+        flags.put(f"count-{job['x']}", flags.count(str(job["x"])))
+        return "asked to stop" if job.stopped() else job["x"]
+
+    kwargs = {"batching": 5, "job_timeout": 0.5, "kill_grace": 40.0}
+    with Evaluator.create(function, method, kwargs) as evaluator:
+        evaluator.submit(configurations(5))
+        jobs = by_x(evaluator.gather("ALL"))
     assert timed_out(jobs[2])
+    assert jobs[2].metadata["returned"] == "stopped: True"
     assert [jobs[x].output for x in (0, 1, 3, 4)] == [0, 1, 3, 4]
+    assert [flags.text(f"count-{x}") for x in (0, 1, 3, 4)] == ["1"] * 4
+
+
+def test_jobs_that_hold_the_gil_in_turn_have_each_their_own_time() -> None:
+    def function(job: RunningJob) -> Any:
+        runfunctions.hold_the_gil(0.4)
+        return job["x"]
+
+    jobs = run(function, configurations(4), batching=4, job_timeout=0.9, kill_grace=0.2)
+    assert errors(jobs) == []
 
 
 @pytest.mark.parametrize("how", ["ignores", "gil"])

@@ -186,6 +186,18 @@ class Slot(abc.ABC):
         """
         return True
 
+    def pin_down(self, batch: Batch, latest: float) -> float | None:  # noqa: ARG002 - most slots know which job runs
+        """Find out which job of a batch runs, where the worker cannot say it.
+
+        Args:
+            batch: from now on, it knows the job as its current one.
+            latest: where that began before this time, no other begins: what was not begun is given back.
+
+        Returns:
+            When it began, on the evaluator's clock; None: nobody knows which one runs.
+        """
+        return None
+
     async def recover(self) -> None:  # noqa: B027 - most slots need nothing here
         """After a cancelled ``run``: return when the slot can run jobs again."""
 

@@ -21,6 +21,7 @@ from paraval.backends.channel import Channel
 from paraval.backends.tray import Tray
 from paraval.memory import MemoryMeter, WatchedProcess, descendants
 from paraval.outcome import JobError
+from paraval.worker.board import Board, Look
 from paraval.worker.main import STOP
 
 __all__ = ["WorkerProcess"]
@@ -29,7 +30,7 @@ _REAP_S: Final = 0.3
 _LOOK: Final = os.WEXITED | os.WNOHANG | os.WNOWAIT if hasattr(os, "waitid") else None
 # The working directory, which -c puts first, must not hide the standard library from a worker; ours comes last.
 _BOOTSTRAP: Final = (
-    "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from paraval.worker.main import main; main({}, {}, {})"
+    "import sys; sys.path[:] = [*filter(None, sys.path), {!r}]; from paraval.worker.main import main; main(*{!r})"
 )
 
 
@@ -43,11 +44,13 @@ class WorkerProcess(Channel):
         held: the bytes that it held before the jobs that it runs.
         makes_calls: whether a job of it has called its storage, and others may.
         tray: where it finds its next jobs; or None.
+        board: where it says which job it is at; or None.
 
     Args:
         setup: the first frame, sent with the first jobs.
         capture: how many bytes of its stdout and stderr to keep, from the end; None: they go where ours go.
         has_tray: whether it is to be sent jobs ahead.
+        has_board: whether it is to say which job it is at, as none may run for ever.
     """
 
     memory: WatchedProcess | None = None
@@ -60,7 +63,9 @@ class WorkerProcess(Channel):
     _strays: Mapping[int, int] = {}
     """Descendants that have left its process group: their starts, by their numbers."""
 
-    def __init__(self, setup: bytes, capture: int | None = None, *, has_tray: bool = False) -> None:
+    def __init__(
+        self, setup: bytes, capture: int | None = None, *, has_tray: bool = False, has_board: bool = False
+    ) -> None:
         if not sys.executable:
             raise FileNotFoundError("sys.executable does not say which interpreter is to be started")
         home = str(Path(__file__).parents[2])
@@ -73,6 +78,9 @@ class WorkerProcess(Channel):
             self.tray = tray = Tray() if has_tray else None
             if tray is not None:
                 for_failure.callback(tray.close)
+            self.board = board = Board() if has_board else None
+            if board is not None:
+                for_failure.callback(board.close)
             self._lifeline = lifeline = _Lifeline()
             for_failure.callback(lifeline.close)
             theirs.callback(lifeline.close_watched)
@@ -80,14 +88,19 @@ class WorkerProcess(Channel):
             self._selector = None if capture is None else selectors.DefaultSelector()
             if self._selector is not None:
                 for_failure.callback(self._selector.close)
-            theirs_to_keep = [socket_of_worker.fileno(), -1 if tray is None else tray.fileno(), lifeline.watched]
+            theirs_to_keep = [
+                socket_of_worker.fileno(),
+                -1 if tray is None else tray.fileno(),
+                -1 if board is None else board.fileno(),
+                lifeline.watched,
+            ]
             # Last, as it is what cannot be undone.
             self._popen = _Popen(
                 [
                     sys.executable,
                     *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined] # as multiprocessing does
                     "-c",
-                    _BOOTSTRAP.format(home, *theirs_to_keep),
+                    _BOOTSTRAP.format(home, theirs_to_keep),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=pipe,
@@ -164,6 +177,10 @@ class WorkerProcess(Channel):
             self.tray.close()
             self.tray = None
 
+    def pin_down(self, latest: float) -> Look | None:
+        """As :meth:`~paraval.worker.board.Board.pin_down`."""
+        return None if self.board is None else self.board.pin_down(latest)
+
     def look_at_memory(self) -> int:
         """Give the bytes that an idle worker holds. Its next jobs are not to blame for what others have left there."""
         self.held = MemoryMeter(self.pid).sample()
@@ -184,6 +201,9 @@ class WorkerProcess(Channel):
     def _close(self) -> None:
         super()._close()
         self.lose_tray()
+        if self.board is not None:
+            self.board.close()
+            self.board = None
 
     def _drain(self) -> None:
         for tail in self._tails:

@@ -25,6 +25,7 @@ from paraval.errors import MissingExtraError
 from paraval.loops import call_in_thread
 from paraval.outcome import JobError
 from paraval.worker import remote
+from paraval.worker.board import Board
 
 try:
     from loky.process_executor import ProcessPoolExecutor
@@ -47,7 +48,7 @@ class LokyWorker(WorkerProcess):
 
     _popen: Any  # a _LokyProcess, which has what is used of a _Popen: pid, has_ended, was_taken, returncode, wait
 
-    def __init__(self, setup: bytes, capture: int | None, *, has_tray: bool = False) -> None:
+    def __init__(self, setup: bytes, capture: int | None, *, has_tray: bool = False, has_board: bool = False) -> None:
         # Not the base's __init__, which would start a process of its own.
         with contextlib.ExitStack() as for_failure:
             ours, theirs = socket.socketpair()
@@ -57,6 +58,9 @@ class LokyWorker(WorkerProcess):
             self.tray = tray = Tray() if has_tray else None
             if tray is not None:
                 for_failure.callback(tray.close)
+            self.board = board = Board() if has_board else None
+            if board is not None:
+                for_failure.callback(board.close)
             self._lifeline = lifeline = _Lifeline()
             for_failure.callback(lifeline.close)
             self._hand_over: list[Connection | None] = [Connection(lifeline.watched, writable=False)]
@@ -74,6 +78,7 @@ class LokyWorker(WorkerProcess):
                     for_failure.callback(tail.close)
                     self._tails.append(tail)
                     self._selector.register(tail.fileno(), selectors.EVENT_READ)
+            self._hand_over.insert(0, None if board is None or board.lack else Connection(os.dup(board.fileno())))
             self._hand_over.insert(0, None if tray is None else Connection(os.dup(tray.fileno())))
             self._hand_over.insert(0, Connection(theirs.detach()))
             for_failure.pop_all()
@@ -222,7 +227,7 @@ class LokyBackend(ProcessBackend):
     """A worker of loky's for each slot."""
 
     def start_worker(self, setup: bytes) -> WorkerProcess:
-        worker = LokyWorker(setup, self._capture, has_tray=self.is_far)
+        worker = LokyWorker(setup, self._capture, has_tray=self.is_far, has_board=self.has_boards)
         self.workers.add(worker)
         return worker
 

@@ -42,6 +42,7 @@ class ProcessBackend(Backend):
         capture: how many bytes to keep of what a job prints; None: none, it goes where ours goes.
         memory_limit: what a job may hold; or None.
         num_workers: how many slots there may be, to which jobs are sent ahead; None: jobs come one by one.
+        has_limit: whether jobs may run for some time only.
     """
 
     cancellation: ClassVar[Cancellation] = "kill"
@@ -55,6 +56,7 @@ class ProcessBackend(Backend):
         capture: int | None,
         memory_limit: MemoryLimit | None = None,
         num_workers: int | None = None,
+        has_limit: bool = False,
     ) -> None:
         self.memory_limit = memory_limit
         self.workers: set[WorkerProcess] = set()
@@ -66,6 +68,8 @@ class ProcessBackend(Backend):
         self.batch_limit = None if capture is None else 1  # whose output is it, else?
         is_plain = memory_limit is None and capture is None  # whose memory is it, else?
         self.is_far = is_plain and num_workers is not None and Tray.can_be_had_by(num_workers)
+        # Of jobs that come alone it is known which one runs.
+        self.has_boards = has_limit and self.batch_limit is None
         self._function = function
         self._is_async = is_async(function)
         self._initializer = initializer
@@ -92,15 +96,18 @@ class ProcessBackend(Backend):
             OSError: it cannot be started.
         """
         is_there = self._prepared and self._prepared[-1].setup is setup
-        worker = self._prepared.pop() if is_there else WorkerProcess(setup, self._capture, has_tray=self.is_far)
+        worker = self._prepared.pop() if is_there else self._new_worker(setup)
         self.workers.add(worker)
         return worker
+
+    def _new_worker(self, setup: bytes) -> WorkerProcess:
+        return WorkerProcess(setup, self._capture, has_tray=self.is_far, has_board=self.has_boards)
 
     def prepare(self, spec: RunSpec, workers: int) -> None:
         # A worker starts as slowly as an event loop. Where the system refuses, the slots will hear of it.
         with contextlib.suppress(OSError, PicklingFailed):
             while len(self._prepared) < min(workers, os.cpu_count() or 1):
-                self._prepared.append(WorkerProcess(self.setup(spec), self._capture, has_tray=self.is_far))
+                self._prepared.append(self._new_worker(self.setup(spec)))
 
     async def supervise(self) -> None:
         try:
@@ -224,6 +231,7 @@ class ProcessPoolEvaluator(Evaluator):
             capture=self._capture,
             memory_limit=self._memory_limit,
             num_workers=self.num_workers,
+            has_limit=self._job_timeout is not None and self._batching is not False,
         )
         backend.check(self._spec)
         return backend

@@ -28,7 +28,7 @@ from paraval.job import Job, JobStatus
 from paraval.loops import Loop, call_in_thread
 from paraval.memory import WatchedProcess
 from paraval.outcome import JobError, Outcome
-from paraval.worker.main import PAIR
+from paraval.worker.main import PAIR, message_of
 from paraval.worker.pickling import PicklingFailed, PiecewisePickler, is_plain
 
 if TYPE_CHECKING:
@@ -356,6 +356,17 @@ class ProcessSlot(Slot):
             self._loads = deque(load for load in self._loads if load.number not in numbers)
         # Where the worker has taken more than the first, it has reported the jobs of that before.
         return len(self._loads) <= 1
+
+    def pin_down(self, batch: Batch, latest: float) -> float | None:
+        seen = None if self._process is None else self._process.pin_down(latest)
+        if seen is None:
+            return None
+        number, at = message_of(seen.place)
+        if not self._loads or self._loads[0].number != number:
+            return None  # what the worker has said since is on its way
+        if seen.began < latest:
+            self._take_over(batch, number, at + 1, seen.began)
+        return seen.began
 
     def _take_done(
         self,

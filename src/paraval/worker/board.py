@@ -1,7 +1,8 @@
-"""A few bytes that two processes of one machine share, for an executor that carries only calls and their results.
+"""A few bytes that two processes of one machine share.
 
-Over it the driver can ask a running job to stop, and see how far the worker is. Where the worker cannot open it (it is
-on another machine), all the rest works without.
+On it the driver sees how far the worker is, also while a job lets nothing else of the worker run, and says that no
+further job shall begin. Over that of an executor, which carries only calls and their results, it can also ask a running
+job to stop. Where the worker cannot open it (it is on another machine), all the rest works without.
 """
 
 from __future__ import annotations
@@ -9,18 +10,15 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import tempfile
-import uuid
-import weakref
-from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["Address", "Board", "BoardOfWorker"]
+__all__ = ["Address", "Board", "BoardOfWorker", "Look"]
 
-# Each number has one writer. A job is named by its place in the call, and the driver asks one job to stop: so the next
-# one, which may begin at that moment, is not meant by it.
-_NUMBER: Final = struct.Struct("<q")
-_HOLD_AT, _STOP_AT, _CURRENT_AT, _SIZE = 0, 8, 16, 24
+# Each number has one writer. A job is named by its place, and the driver asks one job to stop: so the next one, which
+# may begin at that moment, is not meant by it. (In the machine's own format a number is written at once, not by bytes.)
+_NUMBER: Final = struct.Struct("q")
+_BEGUN: Final = struct.Struct("dq")
+_HOLD_AT, _STOP_AT, _BEGUN_AT, _SIZE = 0, 8, 16, 32
 
 
 class Address(NamedTuple):
@@ -35,15 +33,29 @@ class Address(NamedTuple):
     link: str = ""
 
 
+class Look(NamedTuple):
+    """What is seen on a board.
+
+    Attributes:
+        began: when the last job began, on the worker's clock.
+        place: which one that was.
+    """
+
+    began: float
+    place: int
+
+
 class Board:
     """The driver's side, which makes the file: in memory where the system can, so that none is left when it is killed.
 
     Attributes:
-        address: for :class:`BoardOfWorker`.
+        address: for :meth:`BoardOfWorker.at`.
         lack: why there is no file that another process could open; None: there is one.
     """
 
     def __init__(self) -> None:
+        import weakref  # here, as other imports below: a worker needs none of them
+
         self.address = Address()
         self.lack: OSError | None = None
         self._file: int | None = None
@@ -55,13 +67,40 @@ class Board:
             self.close()
             self.lack = exc
 
+    def fileno(self) -> int:
+        """Give the file for :class:`BoardOfWorker`; -1: there is none."""
+        return -1 if self._file is None else self._file
+
     @property
     def current(self) -> int | None:
         """The place of the last job that began; None: none has."""
+        seen = self._look()
+        return None if seen is None or seen.place < 0 else seen.place
+
+    def _look(self) -> Look | None:
         if self._file is None:
             return None
-        place: int = _NUMBER.unpack(os.pread(self._file, _NUMBER.size, _CURRENT_AT))[0] - 1
-        return None if place < 0 else place
+        began, number = _BEGUN.unpack(os.pread(self._file, _BEGUN.size, _BEGUN_AT))
+        return Look(began, number - 1)
+
+    def pin_down(self, latest: float) -> Look | None:
+        """Give the job that runs; if it began before ``latest``, no further one will begin.
+
+        Returns:
+            None where that is not known: none has begun, or another is just about to.
+        """
+        seen = self._look()
+        # Two numbers are not read at once. The worker writes first when it began, then which: so of two looks that show
+        # the same, the time is that of this job, or of one that is about to begin.
+        if seen is None or seen.place < 0 or seen != self._look():
+            return None
+        if seen.began >= latest:
+            return seen
+        self.hold()
+        if seen == self._look():
+            return seen
+        self._write(_HOLD_AT, _NUMBER.pack(0))  # it has ended in this moment
+        return None
 
     def hold(self) -> None:
         """Let no further job begin."""
@@ -88,12 +127,16 @@ class Board:
 
 
 def _in_memory() -> tuple[int, Address]:
+    import uuid
+
     name = f"paraval-{uuid.uuid4().hex}"
     file = os.memfd_create(name)
     return file, Address(f"/proc/{os.getpid()}/fd/{file}", f"/memfd:{name} (deleted)")
 
 
 def _on_disk() -> tuple[int, Address]:
+    import tempfile
+
     file, path = tempfile.mkstemp(prefix="paraval-")
     return file, Address(path)
 
@@ -101,6 +144,8 @@ def _on_disk() -> tuple[int, Address]:
 def _delete(file: int, address: Address, maker: int) -> None:
     os.close(file)
     if not address.link and os.getpid() == maker:  # not a fork of it
+        from pathlib import Path
+
         Path(address.path).unlink(missing_ok=True)
 
 
@@ -108,27 +153,39 @@ class BoardOfWorker:
     """The worker's side.
 
     Args:
-        address: of the driver's.
+        file: of the driver's, for this process; closed by this.
 
     Raises:
-        OSError: it is not here.
+        OSError: it is not there.
     """
 
-    def __init__(self, address: Address) -> None:
-        path, link = address
-        if link and str(Path(path).readlink()) != link:  # not to be opened, which may do things to what it is
-            raise FileNotFoundError(f"{path} is another process's")
-        file = os.open(path, os.O_RDWR)
+    def __init__(self, file: int) -> None:
         try:
-            if link and str(Path(f"/proc/self/fd/{file}").readlink()) != link:  # the driver has closed it meanwhile
-                raise FileNotFoundError(f"{path} is something else by now")
             self._memory = mmap.mmap(file, _SIZE)
         finally:
             os.close(file)
 
-    def begin(self, place: int) -> bool:
+    @classmethod
+    def at(cls, address: Address) -> BoardOfWorker:
+        """Open the driver's.
+
+        Raises:
+            OSError: it is not here.
+        """
+        from pathlib import Path
+
+        path, link = address
+        if link and str(Path(path).readlink()) != link:  # not to be opened, which may do things to what it is
+            raise FileNotFoundError(f"{path} is another process's")
+        file = os.open(path, os.O_RDWR)
+        if link and str(Path(f"/proc/self/fd/{file}").readlink()) != link:  # the driver has closed it meanwhile
+            os.close(file)
+            raise FileNotFoundError(f"{path} is something else by now")
+        return cls(file)
+
+    def begin(self, place: int, now: float) -> bool:
         """Say which job is about to begin, and ask whether it may."""
-        _NUMBER.pack_into(self._memory, _CURRENT_AT, place + 1)
+        _BEGUN.pack_into(self._memory, _BEGUN_AT, now, place + 1)
         return not self._memory[_HOLD_AT]  # asked second: a driver that holds, then looks, sees this job or is obeyed
 
     def stops(self, place: int) -> bool:

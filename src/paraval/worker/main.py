@@ -45,7 +45,7 @@ import sys
 from _signal import getsignal as _handler_of  # type: ignore[import-not-found]
 from collections import deque
 from time import monotonic  # by its name, as a job may put another in its place there
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from paraval.errors import UsageError
 from paraval.job import JobContext, JobStatus, LiveJob, running_job
@@ -53,7 +53,22 @@ from paraval.outcome import JobError, error_from_exception
 from paraval.worker.output import flush_output, unbuffer_output
 from paraval.worker.pickling import PicklingFailed, dumps, is_plain
 
-__all__ = ["HEAD", "MESSAGE", "PAIR", "STOP", "Sealed", "Setup", "exit_fork", "is_one_of", "main", "sendable"]
+if TYPE_CHECKING:
+    from paraval.worker.board import BoardOfWorker
+
+__all__ = [
+    "HEAD",
+    "MESSAGE",
+    "PAIR",
+    "STOP",
+    "Sealed",
+    "Setup",
+    "exit_fork",
+    "is_one_of",
+    "main",
+    "message_of",
+    "sendable",
+]
 
 _HOLD_S: Final = 0.005
 """How long outcomes of tiny jobs may wait to be sent together."""
@@ -108,13 +123,13 @@ class Sealed(NamedTuple):
     data: bytes
 
 
-def main(socket_fd: int, tray_fd: int, lifeline_fd: int) -> None:
-    """Work until the socket ends. ``tray_fd`` is -1 where there is no tray."""
+def main(socket_fd: int, tray_fd: int, board_fd: int, lifeline_fd: int) -> None:
+    """Work until the socket ends. ``tray_fd`` and ``board_fd`` are -1 where there is none."""
     _die_with_the_parent(lifeline_fd)
     for fd in (socket_fd, tray_fd, lifeline_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)
-    worker = Worker(socket_fd, tray_fd)
+    worker = Worker(socket_fd, tray_fd, _open_board(board_fd))
     # Ctrl-C is the driver's business. (A handler, not SIG_IGN, which programs that a job starts would inherit.)
     signal.signal(signal.SIGINT, _take_no_notice)
     worker.handle_sigterm()
@@ -123,6 +138,17 @@ def main(socket_fd: int, tray_fd: int, lifeline_fd: int) -> None:
         worker.serve()
     finally:
         flush_output()
+
+
+def _open_board(fd: int) -> BoardOfWorker | None:
+    if fd < 0:
+        return None
+    from paraval.worker.board import BoardOfWorker  # here: most workers have none
+
+    try:
+        return BoardOfWorker(fd)
+    except (OSError, ValueError):  # there is no memory to be had: all else works without
+        return None
 
 
 def _take_no_notice(_number: int, _frame: object) -> None:
@@ -190,12 +216,13 @@ class _LiveJob(LiveJob):
 class Worker:
     """Runs jobs. Its main thread runs them; its guard thread reports for it when a job takes long."""
 
-    def __init__(self, fd: int, tray: int) -> None:
+    def __init__(self, fd: int, tray: int, board: BoardOfWorker | None) -> None:
         self._reader = open(fd, "rb", buffering=1 << 16, closefd=False)  # noqa: SIM115 - open for the whole life
         self._fd = fd
         self._tray = tray
         self._tray_inode = os.fstat(tray).st_ino if tray >= 0 else 0
         self._has_tray = tray >= 0
+        self._board = board
         self._seen = 0
         self._expects_more = False
         self._pid = os.getpid()
@@ -343,8 +370,9 @@ class Worker:
         return pickle.loads(message[HEAD:]) if message else None  # noqa: S301 - from our own parent
 
     def _run_batch(self, jobs: list[tuple[str, Any]], hold_s: float) -> None:
-        state, todo, starts, ends, values, origin = (
+        state, board, todo, starts, ends, values, origin = (
             self._state,
+            self._board,
             self._todo,
             self._starts,
             self._ends,
@@ -368,7 +396,12 @@ class Worker:
                     self._errors[len(ends)] = error
                 ends.append(ended)
                 values.append(value)
-                if todo and ended < report_at and not (self._is_asked_to_stop or is_alone):
+                if (
+                    todo
+                    and ended < report_at
+                    and not (self._is_asked_to_stop or is_alone)
+                    and (board is None or board.begin(place_of(self._seen, self._told + len(starts)), ended))
+                ):
                     job = todo.popleft()
                     starts.append(ended)
                     continue
@@ -390,8 +423,12 @@ class Worker:
         with self._state:
             if not self._todo:
                 return None
-            self._starts.append(monotonic() - self._origin)
-            return self._todo.popleft()
+            starts, board, now = self._starts, self._board, monotonic() - self._origin
+            if board is None or board.begin(place_of(self._seen, self._told + len(starts)), now):
+                starts.append(now)
+                return self._todo.popleft()
+        self._give_back()  # the job before it was to be stopped, as it held the interpreter for too long
+        return None
 
     def _run(self, job_id: str, args: Any) -> tuple[tuple[Any, ...] | None, Any]:
         """Run one job; give its error (as a tuple) and its value."""
@@ -557,6 +594,16 @@ class Worker:
             return None
         data = self._reader.read(int.from_bytes(head, "little"))
         return pickle.loads(data)  # noqa: S301 - from our own parent
+
+
+def place_of(number: int, at: int) -> int:
+    """Give the place on the board of a message's job."""
+    return number << 32 | at
+
+
+def message_of(place: int) -> tuple[int, int]:
+    """Give the message, and the place in it, of what is on the board."""
+    return place >> 32, place & 0xFFFF_FFFF
 
 
 def sendable(value: Any) -> Any:

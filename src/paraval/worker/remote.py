@@ -190,7 +190,7 @@ def _watch(parent: Any) -> None:
 
 def _open(address: Address) -> BoardOfWorker | None:
     try:
-        return BoardOfWorker(address)
+        return BoardOfWorker.at(address)
     except (OSError, ValueError):  # another machine, or a driver that has gone
         return None
 
@@ -251,9 +251,10 @@ class _Call:
         done: list[Done] = []
         began = time.monotonic()
         for place, (job_id, args) in enumerate(jobs):
-            if place and time.monotonic() - began > _ENOUGH_S:
+            now = time.monotonic()
+            if place and now - began > _ENOUGH_S:
                 break
-            if self._board is not None and not self._board.begin(place):
+            if self._board is not None and not self._board.begin(place, now):
                 break
             done.append(self._run(place, job_id, args))
         return Report(done, [job_id for job_id, _ in jobs[len(done) :]])
@@ -335,15 +336,20 @@ def hold(*connections: Connection | None) -> None:
 def serve() -> None:
     """Be a worker like those of the process evaluator, until the channel ends: one call that serves many jobs.
 
-    :func:`hold` was given the channel, the tray or None, the lifeline, and maybe what stdout and stderr shall be.
+    :func:`hold` was given the channel, the tray or None, the board or None, the lifeline, and maybe what stdout and
+    stderr shall be.
     """
-    channel, tray, lifeline, *outputs = _held
+    channel, tray, board, lifeline, *outputs = _held
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # so that all it starts can be signalled with it, and nobody else
     for number, output in enumerate(outputs, 1):
         os.dup2(output.fileno(), number)
         output.close()
     try:
-        main(channel.fileno(), -1 if tray is None else tray.fileno(), lifeline.fileno())
+        board_fd = -1
+        if board is not None:
+            board_fd = os.dup(board.fileno())  # which main() closes
+            board.close()
+        main(channel.fileno(), -1 if tray is None else tray.fileno(), board_fd, lifeline.fileno())
     finally:
         channel.close()

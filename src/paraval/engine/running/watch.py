@@ -77,12 +77,11 @@ class Watch:
             self._dispatch.progress(batch)
         if batch.waits_for_worker:
             return now + STALL_S
+        if batch.current is None and limit is not None and batch.in_hand and now - batch.created >= limit:
+            again = self._pin_down(worker, batch, now, limit)
+            if batch.current is None:
+                return again
         job = batch.current
-        if job is None and limit is not None and batch.in_hand and now - batch.created >= limit + STALL_S:
-            # One of several jobs holds its worker in such a grip that it cannot even say which. Each is run alone then.
-            batch.hurry = True
-            worker.scope.cancel()
-            return None
         if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
             is_sure = worker.hold_up()
             if job.id not in self._settling.open or batch.current is not job:
@@ -95,6 +94,22 @@ class Watch:
             return None
         due = self._next_check(batch)
         return None if due is None else max(due, now + 0.001)
+
+    def _pin_down(self, worker: Worker, batch: Batch, now: float, limit: float) -> float | None:
+        """Find out which of several jobs holds its worker in such a grip that it cannot even say which.
+
+        Returns:
+            When to look again, unless it is known now, and has had its time.
+        """
+        began = worker.pin_down(now - limit)
+        if began is not None:
+            self._dispatch.progress(batch)
+            return max(began + limit, now + 0.001)
+        if now - batch.created < limit + STALL_S:
+            return now + 0.001
+        batch.hurry = True  # each is run alone then
+        worker.scope.cancel()
+        return None
 
     def _next_check(self, batch: Batch) -> float | None:
         limit = self._limit

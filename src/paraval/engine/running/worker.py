@@ -120,6 +120,10 @@ class Worker:
         self.progress()
         return is_sure
 
+    def pin_down(self, latest: float) -> float | None:
+        """Find out which job runs, where its worker cannot say it; see :meth:`~paraval.backends.base.Slot.pin_down`."""
+        return None if self.batch is None else self._slot.pin_down(self.batch, latest)
+
     async def execute_on_slot(self, job: Job) -> Job:
         """Run a job that it has taken on its slot; for an overridden ``Evaluator.execute``."""
         if self.batch is None:

@@ -36,11 +36,14 @@ Args = Mapping[str, Any]
 
 def configurations(args_list: object) -> list[Args]:
     """Take the argument of ``submit``: an iterable of dicts."""
-    if isinstance(args_list, Mapping):
+    if type(args_list) is list:  # as nearly always, and the other questions cost much for a job that comes alone
+        taken = args_list.copy()
+    elif isinstance(args_list, Mapping):
         raise WrongTypeError("submit takes a list of dicts, one for each job: put the dict in a list")
-    if isinstance(args_list, str | bytes) or not isinstance(args_list, Iterable):
+    elif isinstance(args_list, str | bytes) or not isinstance(args_list, Iterable):
         raise WrongTypeError(f"submit takes a list of dicts, one for each job, not {type(args_list).__name__}")
-    taken = list(args_list)
+    else:
+        taken = list(args_list)
     for index, args in enumerate(taken):
         if type(args) is not dict and not isinstance(args, Mapping):  # the first question is much the cheaper
             raise WrongTypeError(f"item {index} of the list must be a dict of arguments, not {type(args).__name__}")
@@ -103,6 +106,8 @@ def positive_int(name: str, value: object) -> int:
 
 def count(name: str, value: object) -> int:
     """Take a number of things, which may be none."""
+    if type(value) is int and value >= 0:  # at a part of the cost
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
         raise BadValueError(f"{name} must be a non-negative int, not {value!r}")
     return int(value)

@@ -193,7 +193,7 @@ class Channel:
     @property
     def has_only_ends(self) -> bool:
         """Whether all that has come are the ends of jobs."""
-        return self._failure is None and all(frame[0] == "done" for frame in self._frames)
+        return self._failure is None and [frame[0] for frame in self._frames].count("done") == len(self._frames)
 
     @property
     def is_broken(self) -> bool:

@@ -155,7 +155,10 @@ class Intake:
 
     def _launch_all(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
         count = len(configurations)
-        with collector_at_rest(count) if count > _MANY else contextlib.nullcontext():
+        if count > _MANY:
+            with collector_at_rest(count):
+                new = self._make(configurations, is_private=private is not None)
+        else:
             new = self._make(configurations, is_private=private is not None)
         jobs = new.jobs
         self._ledger.expect(jobs, self._clock(), private)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
@@ -20,6 +20,10 @@ from paraval.storage.writer import RobbedError, Writer
 __all__ = ["Recorder"]
 
 _logger = logging.getLogger("paraval")
+
+# Enum's own look-up of a member costs more than anything else that is done with it here.
+_RUNNING: Final = JobStatus.RUNNING.value
+_CANCELLED: Final = JobStatus.CANCELLED
 
 
 class Recorder:
@@ -51,7 +55,7 @@ class Recorder:
 
     def note_running(self, job: Job) -> bool:
         """Store that a job runs; False when the storage failed, so that it must not."""
-        change = JobChange(job.id, status=JobStatus.RUNNING.value, by=self._owner)
+        change = JobChange(job.id, status=_RUNNING, by=self._owner)
         if self._writer is not None:
             self._writer.put_later(change)
             return True
@@ -68,7 +72,7 @@ class Recorder:
         Returns:
             Whether it is stored; else ``marked()`` is called, in any thread, when it is.
         """
-        change = JobChange(job.id, status=JobStatus.RUNNING.value, by=self._owner)
+        change = JobChange(job.id, status=_RUNNING, by=self._owner)
         if self._writer is None:
             return True  # what is in memory ends with the program
 
@@ -100,7 +104,12 @@ class Recorder:
         return [
             # Enum.value would be a detour.
             JobChange(
-                job.id, status=job._status._value_, out=_out(job), error=job.error, metadata=job.metadata, by=owner
+                job.id,
+                status=job._status._value_,
+                out=job.output if type(job) is Job else _out(job),  # asking it would be another detour
+                error=job.error,
+                metadata=job.metadata,
+                by=owner,
             )
             for job in jobs
         ]
@@ -160,15 +169,15 @@ class Recorder:
         self.record(jobs)
 
     def _hand_over(self, jobs: list[Job]) -> None:
-        stopped = [job for job in jobs if job._status is JobStatus.CANCELLED] if self.closing else []
-        # Before callbacks, which may take longer than whoever closes waits.
-        self.given_back += [job for job in stopped if not self._ledger.is_private(job)]
+        stopped = [job for job in jobs if job._status is _CANCELLED] if self.closing else []
+        if stopped:  # before callbacks, which may take longer than whoever closes waits
+            self.given_back += [job for job in stopped if not self._ledger.is_private(job)]
         if self._notifier.callbacks:
             for job in jobs:
                 self._notifier.call("on_done", job)
         if stopped:
             self._ledger.deliver(stopped, mail=False)
-            jobs = [job for job in jobs if job._status is not JobStatus.CANCELLED]
+            jobs = [job for job in jobs if job._status is not _CANCELLED]
         self._ledger.deliver(jobs)
 
     def fail(self, exc: Exception) -> None:

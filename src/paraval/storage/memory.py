@@ -92,9 +92,12 @@ class _Search:
             entry = self._entries[number]
         except (ValueError, IndexError):
             return None
-        if type(entry) is _Waiting and entry.id == job_id:
-            self._entries[number] = entry = entry.record()
-        return cast("JobRecord", entry) if entry.id == job_id else None  # which "0.-1" and "0.007" are of none
+        if entry.id != job_id:  # as "0.-1" and "0.007" are of none
+            return None
+        if type(entry) is JobRecord:
+            return entry
+        self._entries[number] = record = entry.record()  # type: ignore[union-attr] # it is no JobRecord
+        return record
 
     def copy(self, job_id: str) -> JobRecord | None:
         """Give the record of a job as it is now, to whoever may change what they get; None if there is no such job."""
@@ -291,11 +294,14 @@ class MemoryStorage(Storage):
         if not changes:
             return
         with self._lock:
+            first = changes[0]
+            search = self._search_of(first.id)
             if len(changes) == 1:  # what is made for many costs a job that comes alone twice as much
-                search, record = self._find(changes[0].id)
+                record = search.record(first.id)
+                if record is None:
+                    raise _unknown(first.id)
                 search.apply(changes, (record,))
                 return
-            search = self._search_of(changes[0].id)
             records = [search.record(change.id) for change in changes]
             if all(records):  # all of one search, as nearly always
                 search.apply(changes, cast("list[JobRecord]", records))

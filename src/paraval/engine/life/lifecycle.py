@@ -140,6 +140,8 @@ class Lifecycle:
 
     def _open(self, jobs: int) -> Engine:
         engine = self._engine
+        if engine is not None and self._home is None and not engine.ended and not engine.loop.is_closed:
+            return engine  # as nearly always
         if engine is not None and _is_abandoned(engine):
             engine.give_up(closing=False)
         if engine is not None and (engine.ended or engine.loop.is_closed):  # its loop ended without a close

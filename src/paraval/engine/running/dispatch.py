@@ -81,14 +81,17 @@ class Dispatch:
         Returns:
             None when none of them is to run: they were cancelled while they waited, or the storage has failed.
         """
-        self._take_from_the_slow()
+        if self._stocked:
+            self._take_from_the_slow()
         sizer = self._sizer
         alone = self._settings.execute is not None or first._is_adopted or self._attempts.is_suspect(first)
         in_order = sizer.in_order and not alone
         size = 1 if alone or in_order else sizer.next_size(len(self.queue) + 1)
-        jobs = _ready([first] if size == 1 else [first, *self._pull_like(size - 1)])
+        jobs = _ready([first, *self._pull_like(size - 1)]) if size > 1 else [first] if first._status is _READY else []
         if not jobs or not self._note_start(worker, jobs):
             return None
+        # What idle workers are about to pull is no more for this one; and to be told of more costs a lone job much.
+        has_more = sizer.sends_ahead and not alone and len(self.queue) > self.queue.idle
         batch = Batch(
             jobs,
             self._clock,
@@ -96,7 +99,7 @@ class Dispatch:
             in_order=in_order,
             hold_s=sizer.hold_s,
             pace_s=sizer.pace_s,
-            more=functools.partial(self._stock_up, worker) if sizer.sends_ahead and not alone and self.queue else None,
+            more=functools.partial(self._stock_up, worker) if has_more else None,
         )
         batch.noted = jobs[0] if len(jobs) == 1 else None
         return batch
@@ -151,7 +154,10 @@ class Dispatch:
 
     def _hand_to(self, worker: Worker, jobs: Sequence[Job]) -> None:
         self._ledger.started(len(jobs))
-        self.settling.holders.update(zip([job.id for job in jobs], repeat(worker)))
+        if len(jobs) == 1:
+            self.settling.holders[jobs[0].id] = worker
+        else:
+            self.settling.holders.update(zip([job.id for job in jobs], repeat(worker)))
 
     def _note_start(self, worker: Worker, jobs: list[Job]) -> bool:
         self._hand_to(worker, jobs)
@@ -237,6 +243,8 @@ class Dispatch:
         self._give_back(batch.reclaim() + others)
 
     def _give_back(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
         settling = self.settling
         jobs = [job for job in jobs if job.id in settling.open]  # the others were settled meanwhile: given up, say
         if not jobs:

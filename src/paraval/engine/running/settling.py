@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from paraval.backends.base import Ended, Returned
 from paraval.engine.reasons import out_of_time
@@ -71,7 +71,7 @@ class Settling:
         jobs: list[Job] = []
         told: list[tuple[Job, Outcome]] = []
         if Returned not in map(type, reports):
-            self._settle_each(cast("Sequence[Ended]", reports), jobs, told)
+            self._settle_each(reports, jobs, told)  # type: ignore[arg-type] # none of them is a group
         elif not self._settle_returned(reports, jobs):
             self._settle_each(_one_by_one(reports), jobs, told)
         if jobs:

@@ -45,7 +45,7 @@ class Watch:
 
     def begin(self, worker: Worker, batch: Batch) -> None:
         """Keep an eye on a batch: one check for each worker at a time, however many batches it runs."""
-        if worker.is_watched or ((len(batch) == 1 or batch.in_order) and self._limit is None):
+        if worker.is_watched or (self._limit is None and (batch.in_order or len(batch) == 1)):
             return
         due = self._next_check(batch)
         if due is not None:

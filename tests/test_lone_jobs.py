@@ -104,6 +104,28 @@ def test_it_is_begun_without_a_task(flags: Flags) -> None:
     on_asyncio(main)
 
 
+def test_as_many_jobs_as_idle_workers_are_begun_without_tasks(flags: Flags) -> None:
+    def is_begun(evaluator: Evaluator) -> list[bool]:
+        engine = evaluator._life.engine
+        assert engine is not None
+        return [isinstance(worker._slot, ProcessSlot) and worker._slot._begun is not None for worker in engine._workers]
+
+    async def main() -> None:
+        async with Evaluator.create(Act(flags), "process", {"num_workers": 2}) as evaluator:
+            await soon(evaluator.submit_async([{"act": "returns", "x": 0}] * 20))  # they are tiny, it learns
+            await soon(evaluator.gather_async("ALL"))
+            for _ in range(100):  # what a worker said after its last batch may still be on its way, once
+                await soon(evaluator.submit_async([{"act": "returns", "x": x} for x in range(2)]))
+                begun = is_begun(evaluator)
+                jobs = await soon(evaluator.gather_async("ALL"))
+                assert sorted(job.output for job in jobs) == [0, 1]
+                if begun == [True, True]:
+                    return
+            raise AssertionError("one of two jobs always had a task")
+
+    on_asyncio(main)
+
+
 @pytest.mark.parametrize("how", ["argument", "storage", "output", "limit", "recycled"])
 def test_what_needs_a_task_has_one(flags: Flags, how: str) -> None:
     kwargs: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from paraval.backends.packing import Packer
 from paraval.backends.process import ProcessBackend
 from paraval.backends.tray import Tray
 from paraval.storage import MemoryStorage
-from paraval.worker.main import HEAD, MESSAGE
+from paraval.worker.frames import HEAD, MESSAGE
 from runfunctions import Flags, double
 from support import configurations, outputs, soon, until, until_async
 from workers import LOKY, by_x, errors, needs_trio, timed_out, worker_marks

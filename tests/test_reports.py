@@ -89,16 +89,16 @@ def test_a_job_that_waits_for_its_next_attempt_is_not_taken_to_run() -> None:
 @both_methods
 def test_a_worker_that_cannot_report_ends(method: str) -> None:
     def spoil() -> None:
-        from paraval.worker import main
+        from paraval.worker import batches
 
-        report, thread = main.Worker._report, _thread.get_ident()
+        report, thread = batches.Batches._report, _thread.get_ident()
 
-        def spoiled(worker: Any) -> None:
+        def spoiled(reporter: Any) -> None:
             if _thread.get_ident() != thread:
                 raise MemoryError
-            report(worker)
+            report(reporter)
 
-        cast("Any", main.Worker)._report = spoiled  # in a process of its own
+        cast("Any", batches.Batches)._report = spoiled  # in a process of its own
 
     def function(job: RunningJob) -> Any:
         time.sleep(0.15 if job["x"] == 0 else 0)  # so that its guard reports

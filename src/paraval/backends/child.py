@@ -22,7 +22,7 @@ from paraval.backends.tray import Tray
 from paraval.memory import MemoryMeter, WatchedProcess, descendants
 from paraval.outcome import JobError
 from paraval.worker.board import Board, Look
-from paraval.worker.main import STOP
+from paraval.worker.frames import STOP
 
 __all__ = ["WorkerProcess"]
 

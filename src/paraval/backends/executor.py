@@ -35,7 +35,7 @@ from paraval.job import JobStatus
 from paraval.loops import call_in_thread
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.worker.board import Board
-from paraval.worker.main import Sealed
+from paraval.worker.frames import Sealed
 from paraval.worker.pickling import PicklingFailed, dumps, dumps_together
 from paraval.worker.remote import Done, Program, Report, run_jobs
 

@@ -15,7 +15,7 @@ import anyio
 from paraval.job import Job
 from paraval.loops import call_in_thread
 from paraval.outcome import JobError, Outcome, returned
-from paraval.worker.main import Sealed
+from paraval.worker.frames import Sealed
 from paraval.worker.pickling import (
     PicklingFailed,
     PiecewisePickler,

@@ -23,7 +23,7 @@ from paraval.errors import BadValueError
 from paraval.evaluator import Evaluator
 from paraval.functions import describe, is_async
 from paraval.memory import MemoryLimit, WatchedProcess, supervise
-from paraval.worker.main import Setup
+from paraval.worker.frames import Setup
 from paraval.worker.pickling import PicklingFailed, dumps, dumps_together
 
 __all__ = ["ProcessPoolEvaluator"]

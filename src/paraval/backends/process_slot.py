@@ -28,7 +28,7 @@ from paraval.job import Job, JobStatus
 from paraval.loops import Loop, call_in_thread
 from paraval.memory import WatchedProcess
 from paraval.outcome import JobError, Outcome
-from paraval.worker.main import PAIR, message_of
+from paraval.worker.frames import PAIR, message_of
 from paraval.worker.pickling import PicklingFailed, PiecewisePickler, is_plain
 
 if TYPE_CHECKING:

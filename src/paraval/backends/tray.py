@@ -6,7 +6,7 @@ import contextlib
 import socket
 from typing import Final
 
-from paraval.worker.main import HEAD, MESSAGE
+from paraval.worker.frames import HEAD, MESSAGE
 
 __all__ = ["Tray"]
 

@@ -1,33 +1,6 @@
 """A worker process: it reads jobs from its socket, runs them one after the other, and writes what became of them.
 
-The frames are a length (8 bytes) and a pickled tuple, whose first item says what it is:
-
-======== ================================= ==========================================================================
-parent   ``("setup", Setup)``              once, first
-         ``("jobs", n, [(id, args), …],    message n: jobs, to run in this order; after how many seconds what was not
-         seconds, more)``                  begun is to be sent back; whether more may lie on the tray then
-         ``("look",)``                     there is
-         ``("reply", error, value)``       to a call; both sealed
-         ``("stop",)``                     the job shall: for one that has made something else of SIGTERM
-child    ``("ready", bytes)``               the setup is done; the memory held then, where it is limited
-         ``("done", n, at, times,          what became of jobs of message n, of those from place ``at`` on: when they
-         errors, values)``                 began, then when they ended (doubles); the errors, by their place among
-                                           these; what they returned
-         ``("back", n, at, started)``      those of message n from ``at`` on were never begun, send them elsewhere;
-                                           since when the one before them keeps the worker busy, or None
-         ``("begun", n)``                  it has this message from the socket, and will look at the tray next
-         ``("lost",)``                     a job has closed the tray
-         ``("idle", n)``                   it waits, having seen messages up to this one; more may lie on the tray now
-         ``("call", method, args)``        of the storage; sealed arguments
-         ``("broken", error)``             the setup failed; no job will ever run here
-======== ================================= ==========================================================================
-
-Messages with jobs may lie on the tray, too (:class:`~paraval.backends.tray.Tray`), with their number in place of a
-length. The worker looks there when it has run what it had, and reported that: so where one is gone from the tray, all
-before it has been said.
-
-An ``args`` or ``value`` is a :class:`Sealed` pickle unless it is plain, so that one that cannot be unpickled costs its
-own job only.
+What it reads and writes is in :mod:`paraval.worker.frames`.
 """
 
 from __future__ import annotations
@@ -38,89 +11,28 @@ import math
 import os
 import pickle
 import signal
-import struct
 import sys
 
 # The one in signal looks for an enum, which takes twenty times as long; typeshed leaves the C module out.
 from _signal import getsignal as _handler_of  # type: ignore[import-not-found]
-from collections import deque
 from time import monotonic  # by its name, as a job may put another in its place there
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from paraval.errors import UsageError
 from paraval.job import JobContext, JobStatus, LiveJob, running_job
 from paraval.outcome import JobError, error_from_exception
+from paraval.worker.batches import Batches
+from paraval.worker.frames import HEAD, MESSAGE, Sealed, Setup, Wire, sendable
 from paraval.worker.output import flush_output, unbuffer_output
-from paraval.worker.pickling import PicklingFailed, dumps, is_plain
+from paraval.worker.pickling import PicklingFailed, dumps
 
 if TYPE_CHECKING:
     from paraval.worker.board import BoardOfWorker
 
-__all__ = [
-    "HEAD",
-    "MESSAGE",
-    "PAIR",
-    "STOP",
-    "Sealed",
-    "Setup",
-    "exit_fork",
-    "is_one_of",
-    "main",
-    "message_of",
-    "sendable",
-]
+__all__ = ["exit_fork", "is_one_of", "main"]
 
-_HOLD_S: Final = 0.005
-"""How long outcomes of tiny jobs may wait to be sent together."""
-_LONGEST_S: Final = 0.1
-"""How long the guard sleeps at most while there is a batch: clocks may be changed."""
-_PEEKED: Final = 1 << 12
 _PEEK_S: Final = 0.02
 """How often a job that asks whether it shall stop has the socket looked at."""
-HEAD: Final = 8
-"""Bytes of the number before a message on the tray."""
-MESSAGE: Final = 1 << 16
-"""Bytes of the largest message there, with its number."""
-
-_STOP: Final = pickle.dumps(("stop",), 5)
-STOP: Final = len(_STOP).to_bytes(8, "little") + _STOP
-"""The frame, with its length."""
-PAIR: Final = struct.Struct("2d")
-"""When one job began, and when it ended."""
-
-
-class Setup(NamedTuple):
-    """What a worker needs to know, once.
-
-    Attributes:
-        path: ``sys.path`` of the parent.
-        argv: ``sys.argv`` of the parent.
-        program: four things, pickled together: the run-function; its static keyword arguments; the stopper, which is
-            copied for each job; a function without arguments to be called before the first job, or None.
-        origin: where the evaluator's clock is zero, on the system's monotonic clock.
-        is_async: whether calling the run-function gives a coroutine.
-        retry_on: pickled tuple of exception types; or None.
-        is_captured: whether the parent reads what is printed, so that nothing may wait in a buffer: a crash would lose
-            it, and the next job have it.
-        kill_grace: seconds between asking a job to stop and the strongest means.
-        memory_limit: the bytes at which the parent kills this process; infinity for never.
-    """
-
-    path: list[str]
-    argv: list[str]
-    program: bytes
-    origin: float
-    is_async: bool
-    retry_on: bytes | None
-    is_captured: bool
-    kill_grace: float
-    memory_limit: float
-
-
-class Sealed(NamedTuple):
-    """A value, pickled on its own."""
-
-    data: bytes
 
 
 def main(socket_fd: int, tray_fd: int, board_fd: int, lifeline_fd: int) -> None:
@@ -214,39 +126,20 @@ class _LiveJob(LiveJob):
 
 
 class Worker:
-    """Runs jobs. Its main thread runs them; its guard thread reports for it when a job takes long."""
+    """Finds jobs and runs them, with all that a job may want while it runs."""
 
     def __init__(self, fd: int, tray: int, board: BoardOfWorker | None) -> None:
-        self._reader = open(fd, "rb", buffering=1 << 16, closefd=False)  # noqa: SIM115 - open for the whole life
-        self._fd = fd
+        self._wire = Wire(fd)
+        self._batches = Batches(self._wire, board, self._run)
         self._tray = tray
         self._tray_inode = os.fstat(tray).st_ino if tray >= 0 else 0
         self._has_tray = tray >= 0
-        self._board = board
         self._seen = 0
         self._expects_more = False
-        self._pid = os.getpid()
-        self._sending = _thread.allocate_lock()
-        self._calling = _thread.allocate_lock()
-        # Under _state: what the guard and the main thread share.
-        self._state = _thread.allocate_lock()
-        self._todo: deque[tuple[str, Any]] = deque()
-        self._told = 0  # of how many jobs of the message the outcomes were sent
-        # Of those that were begun after them. While a job runs, there is a start more than there are ends.
-        self._starts: list[float] = []
-        self._ends: list[float] = []
-        self._errors: dict[int, tuple[Any, ...]] = {}
-        self._values: list[Any] = []
-        self._batches = 0
-        self._due = 0.0
-        self._guard_wanted = _thread.allocate_lock()
-        self._guard_wanted.acquire()
-        self._guard_looks = math.inf
-        self._guard_runs = False
-        self._is_asked_to_stop = False
         self._waits_to_be_told = False
+        self._pid = os.getpid()
+        self._calling = _thread.allocate_lock()
         self._live: _LiveJob | None = None
-        self._peeked: Any = None
         self._peeks_at = 0.0
         self._client = self._storage_client
         self._has_client = False
@@ -255,24 +148,21 @@ class Worker:
 
     def serve(self) -> None:
         """Set up, then run batches until the socket ends."""
-        first = self._receive()
+        first = self._wire.receive()
         if first is None:
             return
         try:
             self._set_up(first[1])
         except BaseException as exc:  # noqa: BLE001 - whatever importing the run-function does
-            self._send(("broken", tuple(error_from_exception(exc))))
-            while self._reader.read(1 << 16):  # what is on its way: the parent must not meet a closed socket first
-                pass
+            self._wire.send(("broken", tuple(error_from_exception(exc))))
+            self._wire.drain()
             return
-        self._send(("ready", self._own_memory()))
+        self._wire.send(("ready", self._own_memory()))
         while (frame := self._next()) is not None:
             _, self._seen, jobs, hold_s, more = frame
             self._expects_more = more and self._has_tray
-            if len(jobs) == 1:
-                self._run_alone(jobs[0])
-            else:
-                self._run_batch(jobs, hold_s)
+            if self._batches.run(self._seen, jobs, hold_s):
+                self._waits_to_be_told = True  # it shall not go on by itself
 
     def _own_memory(self) -> int:
         if self._context.memory_limit == math.inf:
@@ -283,7 +173,7 @@ class Worker:
 
     def ask_to_stop(self, _number: int, _frame: object) -> None:
         """React to SIGTERM: tell the job, whose ``stopped()`` turns true, or whose coroutine is cancelled."""
-        self._is_asked_to_stop = True
+        self._batches.is_asked_to_stop = True
         job, runner = self._live, self._runner
         if job is not None:
             job._status = JobStatus.CANCELLING
@@ -296,15 +186,7 @@ class Worker:
         if now < self._peeks_at or live is not self._live or os.getpid() != self._pid:
             return False
         self._peeks_at = now + _PEEK_S
-        import _socket  # here: most workers never need it; the one in socket takes a while
-
-        try:
-            if self._peeked is None:
-                self._peeked = _socket.socket(fileno=os.dup(self._fd))
-                self._peeked.setblocking(True)  # for both descriptors, whatever a job has made the default of new ones
-            return STOP in self._peeked.recv(_PEEKED, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
-        except OSError:  # there is nothing, or nobody, or no descriptor left
-            return False
+        return self._wire.has_stop()
 
     def handle_sigterm(self) -> None:
         """Have :meth:`ask_to_stop` react to SIGTERM, whatever a job has made of that."""
@@ -327,7 +209,7 @@ class Worker:
         if setup.is_captured:
             unbuffer_output()
             faulthandler.enable()  # a crash shows where it was
-        self._origin = setup.origin
+        self._batches.origin = setup.origin
         self._context = JobContext(origin=setup.origin, kill_grace=setup.kill_grace, memory_limit=setup.memory_limit)
         self._is_async = setup.is_async
         self._function, self._kwargs, self._stopper, initializer = pickle.loads(setup.program)  # noqa: S301 - our parent's
@@ -349,11 +231,11 @@ class Worker:
                 return frame
             try:
                 if self._expects_more:
-                    self._send(("idle", self._seen))
-                frame = self._receive()
+                    self._wire.send(("idle", self._seen))
+                frame = self._wire.receive()
                 if frame is None or frame[0] == "jobs":
                     if frame is not None and frame[-1]:
-                        self._send(("begun", frame[1]))
+                        self._wire.send(("begun", frame[1]))
                     return frame
             except ConnectionError:  # the parent has closed its end, as it wants nothing more
                 return None
@@ -368,85 +250,9 @@ class Worker:
             return None
         except OSError:  # a job has closed it, and maybe its number is another file's now
             self._expects_more = self._has_tray = False
-            self._send(("lost",))
+            self._wire.send(("lost",))
             return None
         return pickle.loads(message[HEAD:]) if message else None  # noqa: S301 - from our own parent
-
-    def _run_alone(self, job: tuple[str, Any]) -> None:
-        """Run the one job of a message. The guard has nothing to do with it, so it costs a fraction of a batch."""
-        if self._is_asked_to_stop:  # maybe before it has begun any: while it was set up, say
-            self._send(("back", self._seen, 0, None))
-        else:
-            began = monotonic() - self._origin
-            error, value = self._run(*job)
-            times = PAIR.pack(began, monotonic() - self._origin)
-            flush_output()
-            self._send(("done", self._seen, 0, times, {} if error is None else {0: error}, [value]))
-        self._end_batch()
-
-    def _end_batch(self) -> None:
-        if self._is_asked_to_stop:
-            self._is_asked_to_stop = False
-            self._waits_to_be_told = True  # it shall not go on by itself
-
-    def _run_batch(self, jobs: list[tuple[str, Any]], hold_s: float) -> None:
-        state, board, todo, starts, ends, values, origin = (
-            self._state,
-            self._board,
-            self._todo,
-            self._starts,
-            self._ends,
-            self._values,
-            self._origin,
-        )
-        with state:
-            todo.extend(jobs)
-            self._told = 0
-            self._batches += 1
-            self._due = (now := monotonic()) + hold_s
-        is_alone = not self._wake_guard()  # so that nobody could give back what it has not begun
-        report_at = now - origin + _HOLD_S
-        job = self._begin_next()
-        while job is not None:
-            error, value = self._run(*job)
-            # With one look at the clock and one turn with the lock, the next job begins where this one ends.
-            with state:
-                ended = monotonic() - origin
-                if error is not None:
-                    self._errors[len(ends)] = error
-                ends.append(ended)
-                values.append(value)
-                if (
-                    todo
-                    and ended < report_at
-                    and not (self._is_asked_to_stop or is_alone)
-                    and (board is None or board.begin(place_of(self._seen, self._told + len(starts)), ended))
-                ):
-                    job = todo.popleft()
-                    starts.append(ended)
-                    continue
-            if ended >= report_at:
-                report_at = ended + _HOLD_S
-                self._report()
-            if is_alone:
-                self._give_back()
-            job = self._begin_next()
-        flush_output()
-        self._report()
-        self._end_batch()
-
-    def _begin_next(self) -> tuple[str, Any] | None:
-        if self._is_asked_to_stop:  # maybe before it has begun any: while it was set up, say
-            self._give_back()
-        with self._state:
-            if not self._todo:
-                return None
-            starts, board, now = self._starts, self._board, monotonic() - self._origin
-            if board is None or board.begin(place_of(self._seen, self._told + len(starts)), now):
-                starts.append(now)
-                return self._todo.popleft()
-        self._give_back()  # the job before it was to be stopped, as it held the interpreter for too long
-        return None
 
     def _run(self, job_id: str, args: Any) -> tuple[tuple[Any, ...] | None, Any]:
         """Run one job; give its error (as a tuple) and its value."""
@@ -456,7 +262,7 @@ class Worker:
             if _handler_of(signal.SIGTERM) is not self._on_sigterm:  # an earlier job, or the set-up, has changed it
                 self.handle_sigterm()
             self._live = live = _LiveJob(self._context, self)
-            if self._is_asked_to_stop:  # just before there was a job to tell
+            if self._batches.is_asked_to_stop:  # just before there was a job to tell
                 live._status = JobStatus.CANCELLING
             value = self._function(running_job(live, job_id, args, self._client, self._stopper), **self._kwargs)
             if self._is_async:
@@ -495,68 +301,6 @@ class Worker:
             with self._calling:
                 pass
 
-    # -- the guard -----------------------------------------------------------------------------------------------------
-
-    def _wake_guard(self) -> bool:
-        """Have the guard look in time for the batch that begins; False when there cannot be one."""
-        if not self._guard_runs:
-            try:
-                _thread.start_new_thread(self._guard, ())
-            except (RuntimeError, MemoryError):  # a job may have limited what the process may have
-                return False
-            self._guard_runs = True
-            return True
-        with self._state:
-            if self._guard_looks > self._due:
-                self._guard_looks = 0.0  # it is on its way
-                self._guard_wanted.release()
-        return True
-
-    def _give_back(self) -> None:
-        """Send back what was not begun."""
-        with self._state:
-            at = self._told + len(self._starts)
-            is_any = bool(self._todo)
-            self._todo.clear()
-        if is_any:
-            self._report()
-            self._send(("back", self._seen, at, None))
-
-    def _guard(self) -> None:
-        try:
-            self._keep_watch()
-        except BaseException:  # noqa: BLE001 - there is no memory, say: nobody would report what this worker cannot
-            os._exit(1)
-
-    def _keep_watch(self) -> None:
-        """While batches come: see to it that none keeps its finished or its waiting jobs for long.
-
-        It looks no more often than that takes, as each of its turns takes the interpreter from the job that runs.
-        """
-        told = -1
-        looks = 0.0
-        while True:
-            if looks < math.inf:
-                self._guard_wanted.acquire(timeout=min(max(looks - monotonic(), 0.0), _LONGEST_S))
-            else:
-                self._guard_wanted.acquire()
-            with self._state:
-                self._guard_wanted.acquire(blocking=False)  # in case that it was released after the time had run out
-                runs = len(self._starts) > len(self._ends)
-                stuck = runs and monotonic() >= self._due
-                seen = self._batches
-                back: tuple[Any, ...] = ()
-                if stuck:
-                    back = ("back", self._seen, self._told + len(self._starts), self._starts[-1])
-                    self._todo.clear()
-                # Decided here, under the lock, so that a batch that begins now finds it asleep, and wakes it.
-                is_idle = stuck or (not self._todo and not runs)
-                looks = self._guard_looks = math.inf if is_idle else self._due
-            if back and told != seen:
-                told = seen
-                self._report()
-                self._send(back)
-
     # -- the socket ----------------------------------------------------------------------------------------------------
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
@@ -572,8 +316,8 @@ class Worker:
             live = self._live
             if live is None:  # from now on the main thread reads from the socket
                 raise UsageError("the job has ended; a thread that it left behind cannot reach its storage")
-            self._send(("call", method, sealed))
-            while (reply := self._receive()) is not None and reply[0] == "stop":
+            self._wire.send(("call", method, sealed))
+            while (reply := self._wire.receive()) is not None and reply[0] == "stop":
                 live._status = JobStatus.CANCELLING
         if reply is None:
             raise EOFError("the driver is gone")
@@ -581,66 +325,6 @@ class Worker:
         if error is not None:
             raise pickle.loads(error)  # noqa: S301 - from our own parent
         return pickle.loads(value)  # noqa: S301 - likewise
-
-    def _report(self) -> None:
-        with self._state:
-            count = len(self._ends)
-            if count:
-                times = struct.pack(f"{2 * count}d", *self._starts[:count], *self._ends)
-                # Under the lock: outcomes must not overtake a "back".
-                self._send(("done", self._seen, self._told, times, self._errors, self._values))
-                self._told += count
-                del self._starts[:count]
-                for told in (self._ends, self._errors, self._values):
-                    told.clear()
-
-    def _send(self, frame: tuple[Any, ...]) -> None:
-        data = pickle.dumps(frame, 5)
-        with self._sending:
-            if len(data) < 1 << 16:
-                data = len(data).to_bytes(8, "little") + data
-                sent = os.write(self._fd, data)
-                if sent < len(data):
-                    _write(self._fd, memoryview(data)[sent:])
-            else:
-                _write(self._fd, memoryview(len(data).to_bytes(8, "little")))
-                _write(self._fd, memoryview(data))
-
-    def _receive(self) -> Any:
-        try:
-            head = self._reader.read(8)
-        except ConnectionError:  # the parent has closed its end with something unread
-            return None
-        if len(head) < 8:  # noqa: PLR2004 - the length of a length
-            return None
-        data = self._reader.read(int.from_bytes(head, "little"))
-        return pickle.loads(data)  # noqa: S301 - from our own parent
-
-
-def place_of(number: int, at: int) -> int:
-    """Give the place on the board of a message's job."""
-    return number << 32 | at
-
-
-def message_of(place: int) -> tuple[int, int]:
-    """Give the message, and the place in it, of what is on the board."""
-    return place >> 32, place & 0xFFFF_FFFF
-
-
-def sendable(value: Any) -> Any:
-    """Give a result as it is sent, some time later: the next job may change what this one returned.
-
-    Raises:
-        PicklingFailed: it cannot be sent.
-    """
-    if not is_plain(value):
-        return Sealed(dumps(value, "the result"))
-    return dict(value) if type(value) is dict else value
-
-
-def _write(fd: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def is_one_of(exc: BaseException, types: tuple[type[BaseException], ...]) -> bool:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from paraval.job import JobContext, JobStatus, LiveJob, running_job
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.board import Address, BoardOfWorker
-from paraval.worker.main import Sealed, exit_fork, is_one_of, main, sendable
+from paraval.worker.frames import Sealed, sendable
+from paraval.worker.main import exit_fork, is_one_of, main
 from paraval.worker.output import flush_output
 from paraval.worker.pickling import PicklingFailed, dumps
 
@@ -66,7 +67,7 @@ class Done(NamedTuple):
         started: when, on the worker's monotonic clock.
         finished: likewise.
         error: the fields of a ``JobError``, and whether the job may be tried again; None: there was none.
-        value: what the run-function returned; :class:`~paraval.worker.main.Sealed` unless it is plain.
+        value: what the run-function returned; :class:`~paraval.worker.frames.Sealed` unless it is plain.
         notes: what it stored, if anything: sealed ``(changes, values)`` of a notebook.
     """
 

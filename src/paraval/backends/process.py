@@ -67,9 +67,10 @@ class ProcessBackend(Backend):
         self.is_captured = capture is not None
         self.batch_limit = None if capture is None else 1  # whose output is it, else?
         is_plain = memory_limit is None and capture is None  # whose memory is it, else?
-        self.is_far = is_plain and num_workers is not None and Tray.can_be_had_by(num_workers)
-        # Of jobs that come alone it is known which one runs.
-        self.has_boards = has_limit and self.batch_limit is None
+        has_files = num_workers is not None and Tray.can_be_had_by(num_workers)
+        self.is_far = is_plain and has_files
+        # Of jobs that come alone it is known which one runs. (A board is a file, too.)
+        self.has_boards = has_limit and has_files and self.batch_limit is None
         self._function = function
         self._is_async = is_async(function)
         self._initializer = initializer

@@ -270,6 +270,16 @@ async def test_cancelling_the_caller_kills_its_job_alone(flags: Flags) -> None:
         assert job.output == "done"
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_without_standard_streams_it_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, name, None)
+    with make(double) as evaluator:
+        (job,) = run_all(evaluator, configurations(1))
+    assert job.error is not None
+    assert "sys.stdout and sys.stderr" in job.error.message
+    assert "'process'" in job.error.message
+
+
 def test_close_ends_what_runs_and_what_starts(flags: Flags) -> None:
     def function(job: RunningJob) -> Any:
         flags.put("pid", os.getpid())

@@ -210,6 +210,52 @@ def test_what_is_defined_in_main_crosses_by_value() -> None:
     assert program.stdout == ["2 True"], program.stderr
 
 
+def test_classes_of_main_keep_their_slots() -> None:
+    program = run_program(
+        """
+        import dataclasses, pickle, subprocess, sys
+        from paraval.worker.pickling import dumps
+
+        class Base:
+            __slots__ = ("x", "__private")
+            def __init__(self, x):
+                self.x, self.__private = x, -x
+            def both(self):
+                return self.x, self.__private
+
+        class Weak(Base):
+            __slots__ = ("__weakref__",)
+
+        class Loose(Base):
+            def both(self):
+                self.more = 1
+                return super().both()
+
+        @dataclasses.dataclass(slots=True)
+        class Data:
+            x: int
+            def both(self):
+                return self.x, self.x
+
+        make = [lambda x, cls=cls: cls(x) for cls in (Base, Weak, Loose, Data)]
+        worker = '''
+        import pickle, sys
+        from paraval.worker.pickling import dumps
+        made = [function(3) for function in pickle.load(sys.stdin.buffer)]
+        sys.stdout.buffer.write(dumps((made, [hasattr(one, "__dict__") for one in made]), "made"))
+        '''
+        import textwrap
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(worker)], input=dumps(make, "value"), stdout=subprocess.PIPE
+        )
+        made, have_dicts = pickle.loads(done.stdout)
+        print(have_dicts, [one.both() for one in made], [type(one) for one in made] == [Base, Weak, Loose, Data])
+        """
+    )
+    told = "[False, False, True, False] [(3, -3), (3, -3), (3, -3), (3, 3)] True"
+    assert program.stdout == [told], program.stderr
+
+
 def test_functions_of_main_that_remember_their_results_go_by_value() -> None:
     program = run_program(
         """
@@ -397,6 +443,16 @@ def _keyword_default() -> Any:
     return function
 
 
+def _of_class() -> Any:
+    class Base:
+        lock = threading.Lock()
+
+    class Local(Base):
+        pass
+
+    return Local()
+
+
 def _cyclic() -> Any:
     cycle: list[Any] = [1]
     cycle.append(cycle)
@@ -430,6 +486,7 @@ def _cyclic() -> Any:
             lambda: CallableBox([threading.Lock()]), "value.content[0] cannot be pickled", id="callable-object"
         ),
         pytest.param(Slotted, "value.lock cannot be pickled", id="slots"),
+        pytest.param(_of_class, "value (its class 'Local') (its base 'Base').lock cannot be pickled: lock", id="class"),
         pytest.param(_cyclic, "value[2]['lock'] cannot be pickled", id="cycle"),
         pytest.param(lambda: [{1, threading.Lock()}], "] cannot be pickled: lock object", id="set"),
         pytest.param(lambda: (number for number in range(2)), "value cannot be pickled: generator", id="generator"),
@@ -490,10 +547,10 @@ def test_very_deep_values_are_refused_or_cross() -> None:
                 dumps(value, "value")
                 print("crosses")
             except PicklingFailed as exc:
-                print(str(exc).count("[0]") >= 1, "cannot be pickled" in str(exc), len(str(exc)) < 1000)
+                print(str(exc).split(" (")[0])
         """
     )
-    assert program.stdout == ["crosses", "True True True"], program.stderr
+    assert program.stdout == ["crosses", "value cannot be pickled: it is nested too deeply"], program.stderr
 
 
 class Fickle:

@@ -22,6 +22,7 @@ import pytest
 from paraval import Evaluator, RunningJob
 from paraval.storage import MemoryStorage
 from paraval.worker.board import Address, Board, BoardOfWorker
+from paraval.worker.frames import place_of
 from runfunctions import Flags, double
 from support import WAIT_S, Stage, configurations, outputs, soon, until
 from workers import TESTS, ThreadEach, by_x, error_of, errors, needs_loky, processes, threads, timed_out, worker_marks
@@ -284,6 +285,24 @@ def test_a_job_is_asked_to_stop(
     assert job.metadata["returned"] == "asked"
     assert ("paraval-" in flags.text("files")) is is_on_disk
     assert list(folder.iterdir()) == []
+
+
+def test_a_board_shows_which_job_runs_and_since_when() -> None:
+    board = Board()
+    worker = BoardOfWorker(os.dup(board.fileno()))
+    assert board.pin_down(1, 9.0) is None
+    assert worker.begin(place_of(1, 2), 5.0)
+    assert board.pin_down(2, 9.0) is None  # it is at another message
+    assert board.pin_down(1, 5.0) == (5.0, place_of(1, 2))
+    assert worker.begin(place_of(1, 3), 6.0), "nothing was overdue"
+    assert board.pin_down(1, 7.0) == (6.0, place_of(1, 3))
+    assert not worker.begin(place_of(1, 4), 8.0)
+    assert worker.begin(place_of(2, 0), 9.0), "another message is not meant"
+    worker.end()
+    assert board.pin_down(2, 99.0) is None
+    assert board.current is None
+    worker.close()
+    board.close()
 
 
 def test_what_is_not_the_board_is_not_touched(tmp_path: Path) -> None:

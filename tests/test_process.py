@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -45,6 +45,13 @@ from workers import (
 )
 
 pytestmark = worker_marks
+two_loops = pytest.mark.parametrize(
+    "anyio_backend",
+    [
+        "asyncio",
+        pytest.param("trio", marks=needs_trio),
+    ],
+)
 
 
 def make(function: Callable[..., Any], **kwargs: Any) -> Evaluator:
@@ -1023,6 +1030,32 @@ def test_what_a_job_started_is_asked_to_stop_too(flags: Flags) -> None:
     assert job.metadata["returned"] == "all tidy"
 
 
+@pytest.mark.parametrize("closed", ["0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize("kwargs", [{}, {"capture_output": True}, {"job_timeout": 20}], ids=["", "captured", "limited"])
+def test_the_program_may_have_closed_its_standard_streams(closed: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    program = write(
+        tmp_path / "daemon.py",
+        f"""
+        import os
+        from pathlib import Path
+        from paraval import Evaluator
+
+        def run(job):
+            print("to stdout")
+            os.system("echo to stdout, too")
+            return job["x"]
+
+        with Evaluator.create(run, "process", {{"num_workers": 2, **{kwargs!r}}}) as evaluator:
+            evaluator.timeout = 15
+            evaluator.submit([{{"x": x}} for x in range(8)])
+            jobs = evaluator.gather("ALL")
+        Path("told.txt").write_text(str(sorted((job.output, job.error is None) for job in jobs)))
+        """,
+    )
+    subprocess.run(["sh", "-c", f"exec {sys.executable} {program} {closed}"], cwd=tmp_path, check=True, timeout=40)
+    assert (tmp_path / "told.txt").read_text() == str([(x, True) for x in range(8)])
+
+
 def test_without_a_grace_it_is_killed_at_once(flags: Flags) -> None:
     (job,) = run(deaf(flags, "sleeps"), configurations(1), job_timeout=0.3, kill_grace=0)
     assert timed_out(job)
@@ -1101,6 +1134,65 @@ def test_a_job_in_a_batch_that_holds_the_gil_may_end_within_the_grace(method: st
     assert jobs[2].metadata["returned"] == "stopped: True"
     assert [jobs[x].output for x in (0, 1, 3, 4)] == [0, 1, 3, 4]
     assert [flags.text(f"count-{x}") for x in (0, 1, 3, 4)] == ["1"] * 4
+
+
+@pytest.mark.anyio
+@two_loops
+@pytest.mark.parametrize("batching", ["auto", 5])
+async def test_what_ended_in_time_has_done_so_whatever_the_loop_was_busy_with(batching: Any) -> None:
+    def function(job: RunningJob) -> Any:
+        time.sleep(0.05)
+        return job["x"]
+
+    async with make(function, batching=batching, job_timeout=0.4, kill_grace=0.2) as evaluator:
+        for _ in range(2):
+            await evaluator.submit_async(configurations(5))
+            await anyio.sleep(0.06)
+            time.sleep(0.6)  # noqa: ASYNC251 - a caller that blocks its own loop
+            jobs = await soon(evaluator.gather_async("ALL"))
+            assert errors(jobs) == []
+
+
+@pytest.mark.parametrize("method", ["process", LOKY])
+def test_to_forbid_that_more_begin_is_of_one_message_only(method: str, flags: Flags) -> None:
+    """As it is where the job to be stopped ends at that moment after all: nobody takes it back."""
+
+    def function(job: RunningJob) -> Any:
+        flags.put(f"count-{job['x']}", flags.count(str(job["x"])))
+        if job["x"] == 0:
+            flags.put("began")
+            flags.wait("go")
+        return job["x"]
+
+    with Evaluator.create(function, method, {"batching": 4, "job_timeout": 60}) as evaluator:
+        evaluator.submit(configurations(4))
+        flags.wait("began")
+        engine = evaluator._life.engine
+        assert engine is not None
+        (worker,) = engine._workers
+        process: Any = cast("Any", worker._slot)._process
+        process.board.hold(process._posted)
+        flags.put("go")
+        jobs = evaluator.gather("ALL")
+        evaluator.submit([{"x": x} for x in range(4, 12)])
+        assert sorted(outputs(jobs + evaluator.gather("ALL"))) == list(range(12))
+    assert [flags.text(f"count-{x}") for x in range(12)] == ["1"] * 12
+
+
+def test_the_one_job_that_could_be_sent_has_its_grace(flags: Flags) -> None:
+    def function(job: RunningJob) -> Any:
+        flags.count("runs")
+        while not job.stopped():
+            time.sleep(0.002)
+        return "asked"
+
+    with make(function, batching=3, job_timeout=0.4, kill_grace=40.0) as evaluator:
+        evaluator.submit([{"x": threading.Lock()}, {"x": threading.Lock()}, {"x": 2}])
+        jobs = evaluator.gather("ALL")
+    (stopped,) = (job for job in jobs if job.args["x"] == 2)
+    assert timed_out(stopped)
+    assert stopped.metadata["returned"] == "asked"
+    assert flags.text("count-runs") == "1"
 
 
 def test_jobs_that_hold_the_gil_in_turn_have_each_their_own_time() -> None:
@@ -1237,15 +1329,6 @@ def test_an_idle_worker_that_is_killed_costs_no_job() -> None:
 
 
 # -- stopping one job among others: on every event loop ---------------------------------------------------------------
-
-
-two_loops = pytest.mark.parametrize(
-    "anyio_backend",
-    [
-        "asyncio",
-        pytest.param("trio", marks=needs_trio),
-    ],
-)
 
 
 @pytest.mark.anyio

@@ -244,7 +244,8 @@ def test_a_job_in_a_process_of_its_own_hears_that_it_shall_stop(tmp_path: Path) 
     kwargs = {"folder": str(tmp_path)}
     job = evaluate("thread", profiled.polite, {}, job_timeout=0.5, kill_grace=20.0, run_function_kwargs=kwargs)
     assert (job.status, kind(job)) == (JobStatus.CANCELLED, "timeout")
-    assert job.metadata["returned"]["output"] == "stopped early"
+    assert job.metadata["returned"] == "stopped early"
+    assert job.metadata["timestamp_start"] < job.metadata["timestamp_end"]
 
 
 def test_one_that_does_not_listen_is_killed_and_its_thread_is_free_again(tmp_path: Path) -> None:
@@ -292,12 +293,13 @@ def test_a_program_that_ends_leaves_no_process(tmp_path: Path) -> None:
 # -- another attempt ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["thread", "executor"])
 @pytest.mark.parametrize(("how", "options"), [("die", {}), ("raise", {"retry_on": ValueError})])
 def test_what_fails_in_a_process_of_its_own_gets_another_attempt(
-    how: str, options: dict[str, Any], tmp_path: Path
+    method: str, how: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     job = evaluate(
-        "thread",
+        method,
         profiled.second_time_lucky,
         {"x": how},
         max_attempts=2,

@@ -889,6 +889,18 @@ def test_the_end_of_a_job_that_was_adopted_is_its_new_owners_to_store() -> None:
     assert (record.owner, record.status, record.out, record.attempts) == ("another", 0, None, 1)
 
 
+def test_a_record_may_be_of_a_class_of_ones_own() -> None:
+    class Mine(JobRecord, gc=False):
+        more: int = 3
+
+    storage = MemoryStorage()
+    record = Mine()
+    storage.insert(storage.new_search(), [record])
+    storage.update([JobChange(record.id, status=2)])
+    (copy_,) = storage.get([record.id])
+    assert (type(copy_), copy_.status) == (Mine, 2)
+
+
 def test_a_change_that_cannot_be_applied_hides_none_before_it(storage: MemoryStorage, search_id: str) -> None:
     records = [JobRecord(metadata={}) for _ in range(2)]
     storage.insert(search_id, records)

@@ -198,11 +198,9 @@ class Job:
 
     def set_output(self, output: Any) -> None:
         """Take what the run-function returned; ``{"output": …, "metadata": …}`` (from ``profile``) is unwrapped."""
-        wrapped = isinstance(output, dict) and output.keys() == {"output", "metadata"}
-        if wrapped and isinstance(output["metadata"], dict):
-            self.metadata.update(output["metadata"])
-            output = output["output"]
-        self.output = output
+        self.output, metadata = taken_apart(output)
+        if metadata:
+            self.metadata.update(metadata)
 
     def set_error(self, error: JobError) -> None:
         """Take the failure."""
@@ -346,6 +344,13 @@ class LiveJob:
     __slots__ = ("context",)
     context: JobContext
     _status: JobStatus
+
+
+def taken_apart(output: Any) -> tuple[Any, dict[str, Any]]:
+    """Give the output and the metadata of ``{"output": …, "metadata": …}``; of anything else, itself and none."""
+    if isinstance(output, dict) and output.keys() == {"output", "metadata"} and isinstance(output["metadata"], dict):
+        return output["output"], output["metadata"]
+    return output, {}
 
 
 class RunningJob(MutableMapping[str, Any]):

@@ -18,7 +18,7 @@ from paraval.backends.batch import Batch, Ended, Returned
 from paraval.functions import has_own_process
 from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.storage import Storage
-from paraval.worker.main import is_one_of
+from paraval.worker.main import may_retry
 
 __all__ = [
     "Backend",
@@ -130,9 +130,9 @@ def failure_of(exc: BaseException, spec: RunSpec) -> Outcome:
 
 
 def outcome_of(exc: BaseException, spec: RunSpec) -> Outcome:
-    """Turn what a run-function raised into its outcome; it may have had a process of its own, which died."""
+    """Turn what a run-function raised into its outcome."""
     error = error_from_exception(exc)
-    return Outcome(error=error, may_retry=error.kind == "worker_died" or is_one_of(exc, spec.retry_on))
+    return Outcome(error=error, may_retry=may_retry(exc, error, spec.retry_on))
 
 
 class Slot(abc.ABC):

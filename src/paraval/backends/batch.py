@@ -73,6 +73,7 @@ class Batch:
             it is not known yet which jobs have ended in time.
         shortest_s: how many seconds the shortest job since the last :meth:`lap` took, where a worker tells; infinity
             before one has ended.
+        is_overdue: a job of it seemed to run for too long when it was looked at last (the engine's own note).
         has_waited: its slot has waited for it, so all other tasks have had their turns.
         was_cut: some of its jobs went elsewhere, so its time says nothing about them.
     """
@@ -92,6 +93,7 @@ class Batch:
         "hold_s",
         "hurry",
         "in_order",
+        "is_overdue",
         "last_end",
         "noted",
         "pace_s",
@@ -131,6 +133,7 @@ class Batch:
         self.hurry = False
         self.waits_for_worker = False
         self.shortest_s = math.inf
+        self.is_overdue = False
         self.has_waited = False
         self.was_cut = False
 

@@ -19,6 +19,7 @@ import anyio
 
 from paraval.backends.channel import Channel
 from paraval.backends.tray import Tray
+from paraval.descriptors import is_closed, pipe, socketpair
 from paraval.memory import MemoryMeter, WatchedProcess, descendants
 from paraval.outcome import JobError
 from paraval.worker.board import Board, Look
@@ -69,9 +70,9 @@ class WorkerProcess(Channel):
         if not sys.executable:
             raise FileNotFoundError("sys.executable does not say which interpreter is to be started")
         home = str(Path(__file__).parents[2])
-        pipe = None if capture is None else subprocess.PIPE
+        stdout, stderr = (_output(number) if capture is None else subprocess.PIPE for number in (1, 2))
         with contextlib.ExitStack() as for_failure, contextlib.ExitStack() as theirs:
-            ours, socket_of_worker = socket.socketpair()
+            ours, socket_of_worker = socketpair()
             for_failure.callback(ours.close)
             theirs.callback(socket_of_worker.close)
             ours.setblocking(False)
@@ -103,8 +104,8 @@ class WorkerProcess(Channel):
                     _BOOTSTRAP.format(home, theirs_to_keep),
                 ],
                 stdin=subprocess.DEVNULL,
-                stdout=pipe,
-                stderr=pipe,
+                stdout=stdout,
+                stderr=stderr,
                 pass_fds=[fd for fd in theirs_to_keep if fd >= 0],
                 process_group=0,
             )
@@ -177,9 +178,9 @@ class WorkerProcess(Channel):
             self.tray.close()
             self.tray = None
 
-    def pin_down(self, latest: float) -> Look | None:
+    def pin_down(self, message: int, latest: float) -> Look | None:
         """As :meth:`~paraval.worker.board.Board.pin_down`."""
-        return None if self.board is None else self.board.pin_down(latest)
+        return None if self.board is None else self.board.pin_down(message, latest)
 
     def look_at_memory(self) -> int:
         """Give the bytes that an idle worker holds. Its next jobs are not to blame for what others have left there."""
@@ -317,6 +318,13 @@ class WorkerProcess(Channel):
         return True
 
 
+def _output(number: int) -> int | None:
+    """Say where a worker's output goes that is not captured: where ours goes, or nowhere if that is closed."""
+    # Python knows what was closed when it was started; its number may be another file's by now.
+    was_closed = (sys.__stdout__, sys.__stderr__)[number - 1] is None
+    return subprocess.DEVNULL if was_closed or is_closed(number) else None
+
+
 class _Popen(subprocess.Popen[bytes]):
     """A child that others may wait for too: a handler of SIGCHLD that reaps all, or the system where it is ignored.
 
@@ -430,7 +438,7 @@ class _Lifeline:
     _held: ClassVar[set[int]] = set()
 
     def __init__(self) -> None:
-        self.watched, self._end = os.pipe()
+        self.watched, self._end = pipe()
         self._held.add(self._end)
 
     def close_watched(self) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import selectors
 import signal
-import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,6 +21,7 @@ from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
 from paraval.backends.futures import close_before_pools_wait
 from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
 from paraval.backends.tray import Tray
+from paraval.descriptors import above_standard, pipe, socketpair
 from paraval.errors import MissingExtraError
 from paraval.loops import call_in_thread
 from paraval.outcome import JobError
@@ -36,6 +37,10 @@ __all__ = ["LokyEvaluator"]
 
 _CODE_S: Final = 0.1
 """How long, at most, loky's thread may take from having an exit code to telling it."""
+_NO_OUTPUT: Final = (
+    "loky starts none in a program without sys.stdout and sys.stderr (they are None): open them, on os.devnull for "
+    "example, or use the method 'process'"
+)
 
 
 class LokyWorker(WorkerProcess):
@@ -51,7 +56,7 @@ class LokyWorker(WorkerProcess):
     def __init__(self, setup: bytes, capture: int | None, *, has_tray: bool = False, has_board: bool = False) -> None:
         # Not the base's __init__, which would start a process of its own.
         with contextlib.ExitStack() as for_failure:
-            ours, theirs = socket.socketpair()
+            ours, theirs = socketpair()
             for_failure.callback(ours.close)
             for_failure.callback(theirs.close)
             ours.setblocking(False)
@@ -72,14 +77,16 @@ class LokyWorker(WorkerProcess):
                 for_failure.callback(self._selector.close)
                 self._selector.register(ours.fileno(), selectors.EVENT_READ)
                 for _ in ("stdout", "stderr"):
-                    read, write = os.pipe()
+                    read, write = pipe()
                     self._hand_over.append(Connection(write, readable=False))
                     tail = _Tail(os.fdopen(read, "rb", buffering=0), capture)
                     for_failure.callback(tail.close)
                     self._tails.append(tail)
                     self._selector.register(tail.fileno(), selectors.EVENT_READ)
-            self._hand_over.insert(0, None if board is None or board.lack else Connection(os.dup(board.fileno())))
-            self._hand_over.insert(0, None if tray is None else Connection(os.dup(tray.fileno())))
+            self._hand_over.insert(
+                0, None if board is None or board.lack else Connection(above_standard(os.dup(board.fileno())))
+            )
+            self._hand_over.insert(0, None if tray is None else Connection(above_standard(os.dup(tray.fileno()))))
             self._hand_over.insert(0, Connection(theirs.detach()))
             for_failure.pop_all()
         self._socket = ours
@@ -147,6 +154,8 @@ class _LokyProcess:
             OSError: there is no worker.
         """
         try:
+            if sys.stdout is None or sys.stderr is None:
+                raise OSError(_NO_OUTPUT)  # noqa: TRY301 - as any other failure
             self._executor = ProcessPoolExecutor(max_workers=1, initializer=remote.hold, initargs=tuple(hand_over))
             call = self._executor.submit(remote.serve)
             self._process = _process_of(self._executor)

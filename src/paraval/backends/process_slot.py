@@ -148,6 +148,8 @@ class ProcessSlot(Slot):
     async def _run_on(self, process: WorkerProcess, batch: Batch, sent: dict[str, Job]) -> None:
         self._expect(sent)
         frame = await self._encode(process.next_number, batch, sent)
+        if len(sent) == 1:  # as the others could not be sent, maybe
+            (batch.current,) = sent.values()
         sending = self._send(process, sent, frame)
         del frame  # which may be large, and the rest may take long
         await self._attend(process, batch, sent, sending)
@@ -358,14 +360,14 @@ class ProcessSlot(Slot):
         return len(self._loads) <= 1
 
     def pin_down(self, batch: Batch, latest: float) -> float | None:
-        seen = None if self._process is None else self._process.pin_down(latest)
+        if self._process is None or not self._loads:
+            return None
+        number = self._loads[0].number  # where the worker is at another, what it has said since is on its way
+        seen = self._process.pin_down(number, latest)
         if seen is None:
             return None
-        number, at = message_of(seen.place)
-        if not self._loads or self._loads[0].number != number:
-            return None  # what the worker has said since is on its way
         if seen.began < latest:
-            self._take_over(batch, number, at + 1, seen.began)
+            self._take_over(batch, number, message_of(seen.place)[1] + 1, seen.began)
         return seen.began
 
     def _take_done(

@@ -6,6 +6,7 @@ import contextlib
 import socket
 from typing import Final
 
+from paraval.descriptors import socketpair
 from paraval.worker.frames import HEAD, MESSAGE
 
 __all__ = ["Tray"]
@@ -72,5 +73,5 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     # Of those that keep messages apart, the ones with a connection hold as many as their buffer has room for; others
     # hold ten. Not every system has the former.
     with contextlib.suppress(OSError, AttributeError):
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        return socketpair(socket.SOCK_SEQPACKET)
+    return socketpair(socket.SOCK_DGRAM)

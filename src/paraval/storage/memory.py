@@ -94,9 +94,9 @@ class _Search:
             return None
         if entry.id != job_id:  # as "0.-1" and "0.007" are of none
             return None
-        if type(entry) is JobRecord:
-            return entry
-        self._entries[number] = record = entry.record()  # type: ignore[union-attr] # it is no JobRecord
+        if type(entry) is not _Waiting:
+            return entry  # type: ignore[return-value] # it is what is left: isinstance costs more
+        self._entries[number] = record = entry.record()
         return record
 
     def copy(self, job_id: str) -> JobRecord | None:

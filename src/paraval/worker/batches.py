@@ -138,6 +138,8 @@ class Batches:
             if is_alone:
                 self._give_back()
             job = self._begin_next()
+        if board is not None:
+            board.end()
         flush_output()
         self._report()
 

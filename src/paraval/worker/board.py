@@ -12,6 +12,8 @@ import os
 import struct
 from typing import Final, NamedTuple
 
+from paraval.worker.frames import message_of
+
 __all__ = ["Address", "Board", "BoardOfWorker", "Look"]
 
 # Each number has one writer. A job is named by its place, and the driver asks one job to stop: so the next one, which
@@ -83,28 +85,26 @@ class Board:
         began, number = _BEGUN.unpack(os.pread(self._file, _BEGUN.size, _BEGUN_AT))
         return Look(began, number - 1)
 
-    def pin_down(self, latest: float) -> Look | None:
-        """Give the job that runs; if it began before ``latest``, no further one will begin.
+    def pin_down(self, message: int, latest: float) -> Look | None:
+        """Give the job of a message that runs; if it began before ``latest``, no further one of these will begin.
 
         Returns:
-            None where that is not known: none has begun, or another is just about to.
+            None where that is not known: the worker is not at this message, or another job is just about to begin.
         """
         seen = self._look()
         # Two numbers are not read at once. The worker writes first when it began, then which: so of two looks that show
         # the same, the time is that of this job, or of one that is about to begin.
-        if seen is None or seen.place < 0 or seen != self._look():
+        if seen is None or seen != self._look() or message_of(seen.place)[0] != message:
             return None
-        if seen.began >= latest:
-            return seen
-        self.hold()
-        if seen == self._look():
-            return seen
-        self._write(_HOLD_AT, _NUMBER.pack(0))  # it has ended in this moment
-        return None
+        if seen.began < latest:
+            self.hold(message)
+            if seen != self._look():  # it has ended in this moment; what was not begun comes back
+                return None
+        return seen
 
-    def hold(self) -> None:
-        """Let no further job begin."""
-        self._write(_HOLD_AT, _NUMBER.pack(1))
+    def hold(self, message: int = 0) -> None:
+        """Let no further job of this message begin. Those of the next ones are not meant, so nobody must let go."""
+        self._write(_HOLD_AT, _NUMBER.pack(message + 1))
 
     def stop(self, place: int) -> None:
         """Ask a job to stop."""
@@ -129,16 +129,20 @@ class Board:
 def _in_memory() -> tuple[int, Address]:
     import uuid
 
+    from paraval.descriptors import above_standard
+
     name = f"paraval-{uuid.uuid4().hex}"
-    file = os.memfd_create(name)
+    file = above_standard(os.memfd_create(name))
     return file, Address(f"/proc/{os.getpid()}/fd/{file}", f"/memfd:{name} (deleted)")
 
 
 def _on_disk() -> tuple[int, Address]:
     import tempfile
 
+    from paraval.descriptors import above_standard
+
     file, path = tempfile.mkstemp(prefix="paraval-")
-    return file, Address(path)
+    return above_standard(file), Address(path)
 
 
 def _delete(file: int, address: Address, maker: int) -> None:
@@ -185,8 +189,14 @@ class BoardOfWorker:
 
     def begin(self, place: int, now: float) -> bool:
         """Say which job is about to begin, and ask whether it may."""
-        _BEGUN.pack_into(self._memory, _BEGUN_AT, now, place + 1)
-        return not self._memory[_HOLD_AT]  # asked second: a driver that holds, then looks, sees this job or is obeyed
+        memory = self._memory
+        _BEGUN.pack_into(memory, _BEGUN_AT, now, place + 1)
+        # Asked second: a driver that holds, then looks, sees this job or is obeyed.
+        return bool(_NUMBER.unpack_from(memory, _HOLD_AT)[0] != message_of(place)[0] + 1)
+
+    def end(self) -> None:
+        """Say that none runs."""
+        _BEGUN.pack_into(self._memory, _BEGUN_AT, 0.0, 0)
 
     def stops(self, place: int) -> bool:
         """Whether this job shall stop."""

@@ -100,13 +100,13 @@ def sendable(value: Any) -> Any:
     return dict(value) if type(value) is dict else value
 
 
-def place_of(number: int, at: int) -> int:
-    """Give the place on the board of a message's job."""
-    return number << 32 | at
+def place_of(message: int, at: int) -> int:
+    """Give the place of a job: which message it is of, and where in that; in an executor's call, of message 0."""
+    return message << 32 | at
 
 
 def message_of(place: int) -> tuple[int, int]:
-    """Give the message, and the place in it, of what is on the board."""
+    """Give what :func:`place_of` was given."""
     return place >> 32, place & 0xFFFF_FFFF
 
 

@@ -29,7 +29,7 @@ from paraval.worker.pickling import PicklingFailed, dumps
 if TYPE_CHECKING:
     from paraval.worker.board import BoardOfWorker
 
-__all__ = ["exit_fork", "is_one_of", "main"]
+__all__ = ["exit_fork", "main", "may_retry"]
 
 _PEEK_S: Final = 0.02
 """How often a job that asks whether it shall stop has the socket looked at."""
@@ -275,7 +275,7 @@ class Worker:
             error = error_from_exception(exc)
             if was_asked and error.type == "CancelledError" and not error.message:
                 error = error._replace(message="it was asked to stop, by SIGTERM")
-            return (*error, is_one_of(exc, self._retry_on)), None
+            return (*error, may_retry(exc, error, self._retry_on)), None
         if os.getpid() != self._pid:
             exit_fork(None)  # the job forked, and its child came back too: there is one worker on this socket
         self._end_calls()
@@ -327,9 +327,10 @@ class Worker:
         return pickle.loads(value)  # noqa: S301 - likewise
 
 
-def is_one_of(exc: BaseException, types: tuple[type[BaseException], ...]) -> bool:
-    """Whether ``except types`` would catch it: unlike ``isinstance``, that asks no metaclass, which might raise."""
-    return any(base is one for base in type(exc).__mro__ for one in types)
+def may_retry(exc: BaseException, error: JobError, retry_on: tuple[type[BaseException], ...]) -> bool:
+    """Whether what a run-function raised is worth another attempt; its call may have had a process of its own, too."""
+    # As "except" would catch it: unlike isinstance, that asks no metaclass, which might raise.
+    return error.kind == "worker_died" or any(base is one for base in type(exc).__mro__ for one in retry_on)
 
 
 def exit_fork(exc: BaseException | None) -> NoReturn:

@@ -109,9 +109,24 @@ def _class_by_value() -> Any:
             ):
                 notes = {name: value for name, value in vars(thing).items() if name not in _OF_CACHED}
                 return _cached, (thing.__wrapped__, thing.cache_parameters()), notes
-            return super().reducer_override(thing)
+            reduced = super().reducer_override(thing)
+            if isinstance(thing, type) and "__slots__" in vars(thing) and reduced is not NotImplemented:
+                return _with_slots(reduced, thing)
+            return reduced
 
     return ByValue
+
+
+def _with_slots(reduced: Any, cls: type) -> Any:
+    """Have a class that goes by value made with its slots.
+
+    cloudpickle makes it without, so that its objects get a dict there, which those of the same class here cannot take.
+    """
+    make, args, *rest = reduced
+    if make.__name__ != "_make_skeleton_class" or not isinstance(slots := vars(cls)["__slots__"], str | tuple | list):
+        return reduced
+    *before, namespace, tracker, extra = args
+    return (make, (*before, {**namespace, "__slots__": slots}, tracker, extra), *rest)
 
 
 _CACHED: Final = type(functools.lru_cache(print))
@@ -255,6 +270,8 @@ def dumps_together(parts: dict[str, Any]) -> bytes:
 
 def explain(value: Any, name: str, exc: BaseException) -> str:
     """Say which part of a value cannot be pickled, as a path to it."""
+    if isinstance(exc, RecursionError) or "deep recursion" in str(exc):
+        return f"{name} cannot be pickled: it is nested too deeply ({type(exc).__name__}: {exc})"
     path, part, reason = _blame(value, name, exc, depth=0, seen=set())
     return f"{path} cannot be pickled: {type(part).__name__} object ({type(reason).__name__}: {reason})"
 
@@ -290,29 +307,51 @@ def _parts(value: Any) -> list[tuple[str, Any]]:  # noqa: C901 - one short quest
         return [(f"[{key!r}]", item) for key, item in value.items()]
     if isinstance(value, list | tuple | set | frozenset):
         return [(f"[{index}]", item) for index, item in enumerate(value)]
-    parts: list[tuple[str, Any]] = []
-    if callable(value) and hasattr(value, "__code__"):
-        cells = getattr(value, "__closure__", None) or ()
-        for name, cell in zip(value.__code__.co_freevars, cells, strict=False):
-            try:
-                parts.append((f" (its variable {name!r})", cell.cell_contents))
-            except ValueError:  # the cell is empty
-                continue
-        parts += [(f" (its default {index})", item) for index, item in enumerate(value.__defaults__ or ())]
-        parts += [(f" (its default {name!r})", item) for name, item in (value.__kwdefaults__ or {}).items()]
-        if hasattr(value, "__wrapped__"):  # functools.wraps
-            parts.append((" (decorated)", value.__wrapped__))
-        known = getattr(value, "__globals__", {})
-        parts += [(f" (its global {name!r})", known[name]) for name in value.__code__.co_names if name in known]
+    if isinstance(value, type):
+        return _parts_of_class(value)
+    is_function = callable(value) and hasattr(value, "__code__")
+    parts = _parts_of_function(value) if is_function else []
     if hasattr(value, "func") and hasattr(value, "args") and hasattr(value, "keywords"):  # functools.partial
         parts += [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
-    if hasattr(value, "__self__") and not isinstance(value, type):
+    if hasattr(value, "__self__"):
         parts.append((".__self__", value.__self__))
     attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and not isinstance(value, type) and not hasattr(value, "__code__"):
+    if isinstance(attributes, dict) and not is_function:
         parts += [(f".{name}", item) for name, item in attributes.items()]
     for cls in type(value).__mro__:
         for name in getattr(cls, "__slots__", ()):
             if isinstance(name, str) and name != "__dict__" and hasattr(value, name):
                 parts.append((f".{name}", getattr(value, name)))
+    if _goes_by_value(type(value)):
+        parts.append((f" (its class {type(value).__name__!r})", type(value)))
     return parts
+
+
+def _parts_of_function(value: Any) -> list[tuple[str, Any]]:
+    parts: list[tuple[str, Any]] = []
+    cells = getattr(value, "__closure__", None) or ()
+    for name, cell in zip(value.__code__.co_freevars, cells, strict=False):
+        try:
+            parts.append((f" (its variable {name!r})", cell.cell_contents))
+        except ValueError:  # the cell is empty
+            continue
+    parts += [(f" (its default {index})", item) for index, item in enumerate(value.__defaults__ or ())]
+    parts += [(f" (its default {name!r})", item) for name, item in (value.__kwdefaults__ or {}).items()]
+    if hasattr(value, "__wrapped__"):  # functools.wraps
+        parts.append((" (decorated)", value.__wrapped__))
+    known = getattr(value, "__globals__", {})
+    return parts + [(f" (its global {name!r})", known[name]) for name in value.__code__.co_names if name in known]
+
+
+def _parts_of_class(cls: type) -> list[tuple[str, Any]]:
+    if not _goes_by_value(cls):
+        return []
+    bases = [(f" (its base {base.__name__!r})", base) for base in cls.__bases__ if _goes_by_value(base)]
+    return bases + [(f".{name}", item) for name, item in vars(cls).items() if name not in _OF_CLASSES]
+
+
+def _goes_by_value(cls: type) -> bool:
+    return cls.__module__ == "__main__" or "<locals>" in cls.__qualname__
+
+
+_OF_CLASSES: Final = frozenset({"__dict__", "__weakref__", "__module__", "__doc__", "__slots__"})

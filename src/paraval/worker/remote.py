@@ -17,7 +17,7 @@ from paraval.job import JobContext, JobStatus, LiveJob, running_job
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.board import Address, BoardOfWorker
 from paraval.worker.frames import Sealed, sendable
-from paraval.worker.main import exit_fork, is_one_of, main
+from paraval.worker.main import exit_fork, main, may_retry
 from paraval.worker.output import flush_output
 from paraval.worker.pickling import PicklingFailed, dumps
 
@@ -284,7 +284,8 @@ class _Call:
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             if os.getpid() != pid:
                 exit_fork(exc)
-            error, value = (*error_from_exception(exc), is_one_of(exc, loaded.retry_on)), None
+            failure = error_from_exception(exc)
+            error, value = (*failure, may_retry(exc, failure, loaded.retry_on)), None
         finished = time.monotonic()
         if os.getpid() != pid:
             exit_fork(None)  # the job forked, and its child came back too: one of them is enough

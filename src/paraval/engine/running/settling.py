@@ -14,7 +14,7 @@ from paraval.backends.base import Ended, Returned
 from paraval.engine.reasons import out_of_time
 from paraval.engine.recorder import Recorder
 from paraval.engine.running.attempts import Attempts
-from paraval.job import Job, JobStatus
+from paraval.job import Job, JobStatus, taken_apart
 from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome, returned
 
@@ -129,6 +129,9 @@ class Settling:
             # It returned before anybody could look at the time: a coroutine that blocked the loop did.
             self.reasons.setdefault(job.id, out_of_time(limit))
         reason = self.reasons.pop(job.id, None)
+        if reason is not None and limit is not None and not outcome.cancelled and reason == out_of_time(limit):
+            # The driver was busy elsewhere, and heard too late that it had ended in time.
+            reason = reason if job._started is None or finished - job._started > limit else None
         return self._attempts.conclude(job, outcome if reason is None else _stopped(job, outcome, reason))
 
     def settle_all(self, job_ids: Iterable[str], reason: JobError) -> None:
@@ -167,5 +170,6 @@ def _one_by_one(reports: Sequence[Ended | Returned]) -> Iterator[Ended]:
 def _stopped(job: Job, outcome: Outcome, reason: JobError) -> Outcome:
     """Turn what a job gave after it was asked to stop into its outcome: it was stopped, whatever it returned."""
     if outcome.error is None and outcome.value is not None and outcome.value is not job:
-        job.metadata["returned"] = outcome.value
+        job.metadata["returned"], metadata = taken_apart(outcome.value)
+        job.metadata.update(metadata)
     return Outcome(error=reason, cancelled=True)

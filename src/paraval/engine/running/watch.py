@@ -72,43 +72,55 @@ class Watch:
         return again
 
     def _look(self, worker: Worker, batch: Batch, now: float) -> float | None:
-        limit = self._limit
         if now - batch.created >= STALL_S:
             self._dispatch.progress(batch)
         if batch.waits_for_worker:
             return now + STALL_S
-        if batch.current is None and limit is not None and batch.in_hand and now - batch.created >= limit:
-            again = self._pin_down(worker, batch, now, limit)
-            if batch.current is None:
-                return again
+        if not self._is_overdue(batch, now):
+            batch.is_overdue = False
+            due = self._next_check(batch)
+            return None if due is None else max(due, now + 0.001)
+        if not batch.is_overdue:
+            # This loop may have been kept from its work: what the worker has said lately is to be taken in first.
+            batch.is_overdue = True
+            return now + 0.001
         job = batch.current
-        if job is not None and limit is not None and job._started is not None and now - job._started >= limit:
-            is_sure = worker.hold_up()
-            if job.id not in self._settling.open or batch.current is not job:
-                return now + 0.001  # it has just ended
-            if not is_sure and now - job._started < limit + _DOUBT_S:
-                return now + 0.001  # it has, and that is on its way
-            if not is_sure:
-                batch.hurry = True
-            self.interrupt(worker, job, out_of_time(limit))
-            return None
-        due = self._next_check(batch)
-        return None if due is None else max(due, now + 0.001)
+        return self._pin_down(worker, batch, now) if job is None else self._strike(worker, batch, job, now)
 
-    def _pin_down(self, worker: Worker, batch: Batch, now: float, limit: float) -> float | None:
-        """Find out which of several jobs holds its worker in such a grip that it cannot even say which.
+    def _is_overdue(self, batch: Batch, now: float) -> bool:
+        """Whether the job that runs has had its time; where it is not known which one does, whether one may have."""
+        if self._limit is None or not batch.in_hand:
+            return False
+        job = batch.current
+        start = batch.created if job is None else job._started
+        return start is not None and now - start >= self._limit
 
-        Returns:
-            When to look again, unless it is known now, and has had its time.
-        """
+    def _pin_down(self, worker: Worker, batch: Batch, now: float) -> float | None:
+        """Find out which of several jobs holds its worker in such a grip that it cannot even say which, and stop it."""
+        limit = self._limit or 0.0
         began = worker.pin_down(now - limit)
-        if began is not None:
-            self._dispatch.progress(batch)
+        if began is not None and began >= now - limit:
             return max(began + limit, now + 0.001)
+        self._dispatch.progress(batch)
+        if batch.current is not None:
+            return self._strike(worker, batch, batch.current, now)
         if now - batch.created < limit + STALL_S:
             return now + 0.001
         batch.hurry = True  # each is run alone then
         worker.scope.cancel()
+        return None
+
+    def _strike(self, worker: Worker, batch: Batch, job: Job, now: float) -> float | None:
+        """Stop a job that has had its time, unless it has ended after all."""
+        limit = self._limit or 0.0
+        is_sure = worker.hold_up()
+        if job.id not in self._settling.open or batch.current is not job:
+            return now + 0.001  # it has just ended
+        if not is_sure and now - (job._started or now) < limit + _DOUBT_S:
+            return now + 0.001  # it has, and that is on its way
+        if not is_sure:
+            batch.hurry = True
+        self.interrupt(worker, job, out_of_time(limit))
         return None
 
     def _next_check(self, batch: Batch) -> float | None:

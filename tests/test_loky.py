@@ -57,11 +57,12 @@ def test_functions_of_all_kinds() -> None:
 
 
 def test_the_class() -> None:
+    before = children()
     evaluator = make(double, num_workers=3)
     assert type(evaluator) is LokyEvaluator
     assert evaluator.cancellation == "kill"
     assert evaluator.num_workers == 3
-    assert children() == set()  # nothing starts before there is work
+    assert children() <= before, "nothing starts before there is work"
 
 
 def test_a_flood_of_tiny_jobs() -> None:

@@ -213,7 +213,7 @@ def test_what_is_defined_in_main_crosses_by_value() -> None:
 def test_classes_of_main_keep_their_slots() -> None:
     program = run_program(
         """
-        import dataclasses, pickle, subprocess, sys
+        import dataclasses, pickle, subprocess, sys, typing
         from paraval.worker.pickling import dumps
 
         class Base:
@@ -237,7 +237,21 @@ def test_classes_of_main_keep_their_slots() -> None:
             def both(self):
                 return self.x, self.x
 
-        make = [lambda x, cls=cls: cls(x) for cls in (Base, Weak, Loose, Data)]
+        class Named(typing.NamedTuple):
+            x: int
+            def both(self):
+                return self.x, self.x
+
+        class Late:
+            def __init__(self, x):
+                self.x = x
+            def both(self):
+                return self.x, self.x
+
+        Late.__slots__ = ("x",)  # a mere note
+
+        CLASSES = [Base, Weak, Loose, Data, Named, Late]
+        make = [lambda x, cls=cls: cls(x) for cls in CLASSES]
         worker = '''
         import pickle, sys
         from paraval.worker.pickling import dumps
@@ -249,10 +263,10 @@ def test_classes_of_main_keep_their_slots() -> None:
             [sys.executable, "-c", textwrap.dedent(worker)], input=dumps(make, "value"), stdout=subprocess.PIPE
         )
         made, have_dicts = pickle.loads(done.stdout)
-        print(have_dicts, [one.both() for one in made], [type(one) for one in made] == [Base, Weak, Loose, Data])
+        print(have_dicts, [one.both() for one in made], [type(one) for one in made] == CLASSES)
         """
     )
-    told = "[False, False, True, False] [(3, -3), (3, -3), (3, -3), (3, 3)] True"
+    told = "[False, False, True, False, False, True] [(3, -3), (3, -3), (3, -3), (3, 3), (3, 3), (3, 3)] True"
     assert program.stdout == [told], program.stderr
 
 

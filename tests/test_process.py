@@ -1159,6 +1159,49 @@ async def test_what_ended_in_time_has_done_so_whatever_the_loop_was_busy_with(ba
             assert errors(jobs) == []
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", [pytest.param("trio", marks=needs_trio)])
+async def test_what_raised_in_time_has_its_next_attempt_whatever_the_loop_was_busy_with() -> None:
+    def function(job: RunningJob) -> Any:
+        time.sleep(0.05)
+        raise ConnectionError(job["x"])
+
+    kwargs = {"job_timeout": 0.4, "kill_grace": 0.2, "max_attempts": 2, "retry_on": ConnectionError}
+    async with make(function, **kwargs) as evaluator:
+        await evaluator.submit_async(configurations(1))
+        await anyio.sleep(0.02)
+        time.sleep(0.6)  # noqa: ASYNC251 - a caller that blocks its own loop
+        (job,) = await soon(evaluator.gather_async("ALL"))
+    assert job.error is not None
+    assert (job.error.type, job.error.attempts, job.status) == ("ConnectionError", 2, JobStatus.DONE)
+
+
+def test_what_ended_as_it_was_asked_to_has_not_ended_in_time(flags: Flags) -> None:
+    """The driver counts from when it has sent a job; the worker was late to begin it."""
+
+    def function(job: RunningJob) -> Any:
+        if job["x"] == 0:
+            return os.getpid()
+        flags.put("began")
+        while not job.stopped():
+            time.sleep(0.001)
+        return "asked"
+
+    with make(function, job_timeout=0.5, kill_grace=40.0) as evaluator:
+        worker = evaluator.evaluate({"x": 0}).output
+        os.kill(worker, signal.SIGSTOP)
+        evaluator.submit([{"x": 1}])
+        time.sleep(0.3)
+        assert not flags.up("began")
+        os.kill(worker, signal.SIGCONT)
+        (job,) = evaluator.gather("ALL")
+    assert timed_out(job)
+    assert job.metadata["returned"] == "asked"
+    ran = job.timing.ran
+    assert ran is not None
+    assert ran < 0.5
+
+
 @pytest.mark.parametrize("method", ["process", LOKY])
 def test_to_forbid_that_more_begin_is_of_one_message_only(method: str, flags: Flags) -> None:
     """As it is where the job to be stopped ends at that moment after all: nobody takes it back."""

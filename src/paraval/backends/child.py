@@ -19,7 +19,7 @@ import anyio
 
 from paraval.backends.channel import Channel
 from paraval.backends.tray import Tray
-from paraval.descriptors import is_closed, pipe, socketpair
+from paraval.descriptors import pipe, socketpair
 from paraval.memory import MemoryMeter, WatchedProcess, descendants
 from paraval.outcome import JobError
 from paraval.worker.board import Board, Look
@@ -319,10 +319,11 @@ class WorkerProcess(Channel):
 
 
 def _output(number: int) -> int | None:
-    """Say where a worker's output goes that is not captured: where ours goes, or nowhere if that is closed."""
-    # Python knows what was closed when it was started; its number may be another file's by now.
-    was_closed = (sys.__stdout__, sys.__stderr__)[number - 1] is None
-    return subprocess.DEVNULL if was_closed or is_closed(number) else None
+    """Say where a worker's output goes that is not captured: where ours goes, or nowhere."""
+    try:
+        return None if os.get_inheritable(number) else subprocess.DEVNULL  # else its number is another file's by now
+    except OSError:  # it is closed
+        return subprocess.DEVNULL
 
 
 class _Popen(subprocess.Popen[bytes]):

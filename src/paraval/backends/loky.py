@@ -21,7 +21,7 @@ from paraval.backends.child import WorkerProcess, _Lifeline, _Tail
 from paraval.backends.futures import close_before_pools_wait
 from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
 from paraval.backends.tray import Tray
-from paraval.descriptors import above_standard, pipe, socketpair
+from paraval.descriptors import above_standard, is_closed, pipe, socketpair
 from paraval.errors import MissingExtraError
 from paraval.loops import call_in_thread
 from paraval.outcome import JobError
@@ -38,8 +38,8 @@ __all__ = ["LokyEvaluator"]
 _CODE_S: Final = 0.1
 """How long, at most, loky's thread may take from having an exit code to telling it."""
 _NO_OUTPUT: Final = (
-    "loky starts none in a program without sys.stdout and sys.stderr (they are None): open them, on os.devnull for "
-    "example, or use the method 'process'"
+    "loky starts none in a program without sys.stdout and sys.stderr (they are None, or closed): open them, on "
+    "os.devnull for example, or use the method 'process'"
 )
 
 
@@ -154,7 +154,7 @@ class _LokyProcess:
             OSError: there is no worker.
         """
         try:
-            if sys.stdout is None or sys.stderr is None:
+            if sys.stdout is None or sys.stderr is None or is_closed(1) or is_closed(2):
                 raise OSError(_NO_OUTPUT)  # noqa: TRY301 - as any other failure
             self._executor = ProcessPoolExecutor(max_workers=1, initializer=remote.hold, initargs=tuple(hand_over))
             call = self._executor.submit(remote.serve)

@@ -13,7 +13,9 @@ import io
 import itertools
 import math
 import pickle
+from abc import ABCMeta
 from collections.abc import Callable, Sequence
+from types import FunctionType, MemberDescriptorType
 from typing import Any, Final
 
 __all__ = [
@@ -123,10 +125,29 @@ def _with_slots(reduced: Any, cls: type) -> Any:
     cloudpickle makes it without, so that its objects get a dict there, which those of the same class here cannot take.
     """
     make, args, *rest = reduced
-    if make.__name__ != "_make_skeleton_class" or not isinstance(slots := vars(cls)["__slots__"], str | tuple | list):
+    slots = vars(cls)["__slots__"]
+    if isinstance(slots, str):
+        slots = (slots,)
+    if make.__name__ != "_make_skeleton_class" or not _is_made_with(cls, slots):
         return reduced
     *before, namespace, tracker, extra = args
-    return (make, (*before, {**namespace, "__slots__": slots}, tracker, extra), *rest)
+    return (make, (*before, {**namespace, "__slots__": tuple(slots)}, tracker, extra), *rest)
+
+
+def _is_made_with(cls: type, slots: Any) -> bool:
+    """Whether to be made with these slots is all that it takes to have them; they may also be a note, or another's."""
+    if not isinstance(slots, tuple | list | dict | set | frozenset) or type(cls).__new__ not in _PLAINLY_MADE:
+        return False  # an iterator, which is empty by now; or a metaclass makes them, or wants none
+    if any(isinstance(base, FunctionType) for base in vars(cls).get("__orig_bases__", ())):  # typing.NamedTuple is one
+        return False
+    private = f"_{cls.__name__.lstrip('_')}__"
+    names = [private + name[2:] if name[:2] == "__" != name[-2:] else name for name in slots if name not in _SPECIAL]
+    has_dict = "__dict__" in vars(cls)
+    return has_dict == ("__dict__" in slots) and all(type(vars(cls).get(it)) is MemberDescriptorType for it in names)
+
+
+_PLAINLY_MADE: Final = (type.__new__, ABCMeta.__new__)
+_SPECIAL: Final = frozenset({"__dict__", "__weakref__"})
 
 
 _CACHED: Final = type(functools.lru_cache(print))
@@ -270,16 +291,30 @@ def dumps_together(parts: dict[str, Any]) -> bytes:
 
 def explain(value: Any, name: str, exc: BaseException) -> str:
     """Say which part of a value cannot be pickled, as a path to it."""
-    if isinstance(exc, RecursionError) or "deep recursion" in str(exc):
-        return f"{name} cannot be pickled: it is nested too deeply ({type(exc).__name__}: {exc})"
-    path, part, reason = _blame(value, name, exc, depth=0, seen=set())
-    return f"{path} cannot be pickled: {type(part).__name__} object ({type(reason).__name__}: {reason})"
+    path, part, reason, depth = _blame(value, name, exc, depth=0, seen=set())
+    said = f"{type(reason).__name__}: {_said(reason)}"
+    if depth > _DEEPEST and (isinstance(reason, RecursionError) or "deep recursion" in said):
+        return f"{name} cannot be pickled: it is nested too deeply ({said})"
+    return f"{path} cannot be pickled: {type(part).__name__} object ({said})"
 
 
-def _blame(value: Any, path: str, exc: BaseException, *, depth: int, seen: set[int]) -> tuple[str, Any, BaseException]:
+def _said(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except BaseException:  # noqa: BLE001 - a user's __str__
+        return "and it cannot be said why"
+
+
+_DEEPEST: Final = 20
+"""Deep enough for any path that a person would read."""
+
+
+def _blame(
+    value: Any, path: str, exc: BaseException, *, depth: int, seen: set[int]
+) -> tuple[str, Any, BaseException, int]:
     """Follow what cannot be pickled down to the smallest part that cannot."""
-    if depth > 20:  # noqa: PLR2004 - deep enough for any path a person would read
-        return path, value, exc
+    if depth > _DEEPEST:
+        return path, value, exc, depth
     seen.add(id(value))
     try:
         parts = _parts(value)
@@ -291,7 +326,7 @@ def _blame(value: Any, path: str, exc: BaseException, *, depth: int, seen: set[i
         found = _failure(part)
         if found is not None:
             return _blame(part, f"{path}{name}", found, depth=depth + 1, seen=seen)
-    return path, value, exc
+    return path, value, exc, depth
 
 
 def _failure(value: Any) -> BaseException | None:

@@ -41,6 +41,7 @@ class Settling:
         open: every job that is not settled. Whoever pops a job from here settles it: so each is settled once.
         holders: the worker that has the job.
         reasons: why the job is being stopped.
+        stopped_at: since when, where it runs.
         all_settled: set when no job is open and the evaluator is being closed.
         on_settled: told of each job that ends, and how, while somebody follows one.
     """
@@ -63,6 +64,7 @@ class Settling:
         self.open: dict[str, Job] = {}
         self.holders: dict[str, Worker] = {}
         self.reasons: dict[str, JobError] = {}
+        self.stopped_at: dict[str, float] = {}
         self.all_settled = loop.event()
         self.on_settled: Callable[[Job, Outcome], object] | None = None
 
@@ -87,6 +89,8 @@ class Settling:
         has_limit = self._limit is not None
         for job, reported, finished in ended:
             job_id, error = job.id, reported[1]
+            if reasons and job_id in reasons:
+                self._look_whether_it_was_late(job, finished)
             if error is not None and reported.may_retry and self._has_another(job, error):
                 continue
             if open_.pop(job_id, None) is None:
@@ -123,15 +127,21 @@ class Settling:
             deque(map(self.holders.pop, group.ids, repeat(None)), maxlen=0)
         return True
 
+    def _look_whether_it_was_late(self, job: Job, finished: float) -> None:
+        """Forget why a job is being stopped, if it had ended before, in time: the driver was busy, and heard late."""
+        asked = self.stopped_at.pop(job.id, None)
+        limit = self._limit
+        if asked is None or limit is None or self.reasons[job.id] != out_of_time(limit):
+            return
+        if job._started is not None and finished < asked and finished - job._started <= limit:
+            del self.reasons[job.id]
+
     def _final(self, job: Job, outcome: Outcome, finished: float) -> Outcome:
         limit = self._limit
         if limit is not None and outcome.error is None and finished - (job._started or finished) > limit:
             # It returned before anybody could look at the time: a coroutine that blocked the loop did.
             self.reasons.setdefault(job.id, out_of_time(limit))
         reason = self.reasons.pop(job.id, None)
-        if reason is not None and limit is not None and not outcome.cancelled and reason == out_of_time(limit):
-            # The driver was busy elsewhere, and heard too late that it had ended in time.
-            reason = reason if job._started is None or finished - job._started > limit else None
         return self._attempts.conclude(job, outcome if reason is None else _stopped(job, outcome, reason))
 
     def settle_all(self, job_ids: Iterable[str], reason: JobError) -> None:

@@ -58,6 +58,7 @@ class Watch:
         if job.id in settling.reasons or job.id not in settling.open:
             return
         settling.reasons[job.id] = reason
+        settling.stopped_at[job.id] = self._clock()
         job._status = JobStatus.CANCELLING
         if worker.batch is not None:
             self._dispatch.take_back(worker.batch)  # or a thread that stops in time would go on with them

@@ -271,9 +271,12 @@ async def test_cancelling_the_caller_kills_its_job_alone(flags: Flags) -> None:
         assert job.output == "done"
 
 
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_without_standard_streams_it_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, name, None)
+@pytest.mark.parametrize("how", ["stdout", "stderr", "closed"])
+def test_without_standard_streams_it_says_what_to_do(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "closed":
+        monkeypatch.setattr("paraval.backends.loky.is_closed", lambda number: number == 1)  # pytest needs its own
+    else:
+        monkeypatch.setattr(sys, how, None)
     with make(double) as evaluator:
         (job,) = run_all(evaluator, configurations(1))
     assert job.error is not None

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ import pytest
 
 import runfunctions
 from paraval import Evaluator, HPOJob, Job, JobStatus, ParavalError, RunningJob
-from paraval.backends.process import ProcessPoolEvaluator
+from paraval.backends.process import ProcessBackend, ProcessPoolEvaluator
+from paraval.engine.reasons import out_of_time
 from paraval.storage import JobRecord, MemoryStorage, UnknownIdError
 from runfunctions import AsyncScaler, Flags, Scaler, append_one, async_double, double, echo, scaled
 from support import WAIT_S, CountingStorage, Latch, configurations, outputs, run_all, soon, until, until_async
@@ -1056,6 +1058,37 @@ def test_the_program_may_have_closed_its_standard_streams(closed: str, kwargs: d
     assert (tmp_path / "told.txt").read_text() == str([(x, True) for x in range(8)])
 
 
+def test_what_has_taken_the_number_of_a_standard_stream_is_not_a_workers_output(tmp_path: Path) -> None:
+    program = write(
+        tmp_path / "daemon.py",
+        """
+        import os
+        from pathlib import Path
+        from paraval import Evaluator
+
+        os.close(1), os.close(2)
+        assert [os.open(name, os.O_WRONLY | os.O_CREAT) for name in ("one", "two")] == [1, 2]  # not to be inherited
+
+        def run(job):
+            os.write(1, b"stray"), os.write(2, b"stray")
+            return [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)]
+
+        with Evaluator.create(run, "process", {"job_timeout": 20}) as evaluator:
+            Path("told.txt").write_text(str(evaluator.evaluate({}).output))
+        """,
+    )
+    subprocess.run([sys.executable, program], cwd=tmp_path, check=True, timeout=40)
+    assert (tmp_path / "told.txt").read_text() == "['/dev/null', '/dev/null']"
+
+
+@pytest.mark.parametrize(("workers", "has_boards"), [(1, True), (1_000_000, False)])
+def test_where_files_are_scarce_there_are_no_boards(workers: int, has_boards: bool) -> None:
+    backend = ProcessBackend(
+        echo, max_jobs_per_worker=None, initializer=None, capture=None, num_workers=workers, has_limit=True
+    )
+    assert backend.has_boards is has_boards
+
+
 def test_without_a_grace_it_is_killed_at_once(flags: Flags) -> None:
     (job,) = run(deaf(flags, "sleeps"), configurations(1), job_timeout=0.3, kill_grace=0)
     assert timed_out(job)
@@ -1160,17 +1193,24 @@ async def test_what_ended_in_time_has_done_so_whatever_the_loop_was_busy_with(ba
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("anyio_backend", [pytest.param("trio", marks=needs_trio)])
-async def test_what_raised_in_time_has_its_next_attempt_whatever_the_loop_was_busy_with() -> None:
+@two_loops
+async def test_what_raised_in_time_has_its_next_attempt_even_if_it_is_heard_late(flags: Flags) -> None:
     def function(job: RunningJob) -> Any:
-        time.sleep(0.05)
+        flags.wait("go")
         raise ConnectionError(job["x"])
 
-    kwargs = {"job_timeout": 0.4, "kill_grace": 0.2, "max_attempts": 2, "retry_on": ConnectionError}
+    kwargs = {"job_timeout": 10.0, "kill_grace": 0.2, "max_attempts": 2, "retry_on": ConnectionError}
     async with make(function, **kwargs) as evaluator:
         await evaluator.submit_async(configurations(1))
-        await anyio.sleep(0.02)
-        time.sleep(0.6)  # noqa: ASYNC251 - a caller that blocks its own loop
+        (job,) = evaluator.jobs
+        await until_async(lambda: job.status is JobStatus.RUNNING and bool(evaluator._life.engine))
+        engine: Any = evaluator._life.engine
+        (worker,) = engine._workers
+        process = worker._slot._process
+        await until_async(lambda: process.is_ready)
+        flags.put("go")  # and from here on this loop hears nothing
+        assert select.select([process._socket], [], [], WAIT_S)[0], "the worker has not said that it raised"
+        engine._watch.interrupt(worker, job, out_of_time(10.0))
         (job,) = await soon(evaluator.gather_async("ALL"))
     assert job.error is not None
     assert (job.error.type, job.error.attempts, job.status) == ("ConnectionError", 2, JobStatus.DONE)
@@ -1187,7 +1227,7 @@ def test_what_ended_as_it_was_asked_to_has_not_ended_in_time(flags: Flags) -> No
             time.sleep(0.001)
         return "asked"
 
-    with make(function, job_timeout=0.5, kill_grace=40.0) as evaluator:
+    with make(function, job_timeout=1.0, kill_grace=40.0) as evaluator:
         worker = evaluator.evaluate({"x": 0}).output
         os.kill(worker, signal.SIGSTOP)
         evaluator.submit([{"x": 1}])
@@ -1199,7 +1239,7 @@ def test_what_ended_as_it_was_asked_to_has_not_ended_in_time(flags: Flags) -> No
     assert job.metadata["returned"] == "asked"
     ran = job.timing.ran
     assert ran is not None
-    assert ran < 0.5
+    assert ran < 1.0
 
 
 @pytest.mark.parametrize("method", ["process", LOKY])

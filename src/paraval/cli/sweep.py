@@ -209,8 +209,8 @@ class _Sweep:
 
     def _save_the_rest(self) -> None:
         try:
-            self._log.write(self._unwritten)
-            self._log.close()
+            self._log.add(self._unwritten)
+            self._log.close()  # not after a write, which may fail: it is to be closed all the same
         except CSVError as exc:
             self._write_error = str(exc)
         else:

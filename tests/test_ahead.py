@@ -172,7 +172,7 @@ async def test_a_worker_says_that_it_waits_and_looks_again_when_it_is_told() -> 
 
     def jobs(*, more: bool = True) -> bytes:
         number = process.next_number
-        return pickle.dumps(("jobs", number, [(f"0.{number}", {"x": number})], 0.1, more))
+        return pickle.dumps(("jobs", number, [f"0.{number}"], [{"x": number}], 0.1, more))
 
     look = pickle.dumps(("look",))
     await process.send_jobs(jobs())

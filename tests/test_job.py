@@ -13,6 +13,7 @@ from paraval import HPOJob, Job, JobError, JobStatus, JobTiming, RunningJob
 from paraval.job import JobContext, make_jobs
 from paraval.outcome import Outcome
 from paraval.storage import MemoryStorage, NullStorage
+from paraval.submission import Notes, Submission
 
 FAILED = JobError("exception", "bad", type="ValueError")
 parameters = st.dictionaries(st.text().filter(lambda key: key != "job_id"), st.integers(), max_size=5)
@@ -306,11 +307,14 @@ def test_repr_of_a_running_job_names_it() -> None:
 @pytest.mark.parametrize("job_class", [Job, HPOJob])
 def test_jobs_that_are_made_together_are_as_their_constructor_makes_them(job_class: type[Job]) -> None:
     def state(job: Job) -> dict[str, Any]:
-        return {name: getattr(job, name) for name in Job.__slots__ if name != "__weakref__"}
+        job.metadata  # noqa: B018 - made when it is looked at
+        mine = {"__weakref__", "_submission"}
+        return {name: getattr(job, name) for name in Job.__slots__ if name not in mine}
 
     context, storage = JobContext(), NullStorage()
     one = job_class("0.1", {"x": 1}, print, storage)
-    one.metadata, one.context, one._submitted = {"at": 2}, context, 3.0
-    (made,) = make_jobs(job_class, ["0.1"], [{"x": 1}], [{"at": 2}], print, storage, context, 3.0)
+    one.metadata, one.context, one._submitted = {"timestamp_submit": 3.0}, context, 3.0
+    submission = Submission(["0.1"], print, storage, context, 3.0, Notes(3.0, 1))
+    (made,) = make_jobs(job_class, [{"x": 1}], submission)
     assert type(made) is job_class
     assert state(made) == state(one)

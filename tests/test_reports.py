@@ -295,7 +295,7 @@ async def test_a_job_that_a_worker_had_counts_as_begun(anyio_backend: str) -> No
     ledger.reserve(1, 10)
     ledger.expect([job], 0.0)
     settling.open[job.id] = job
-    settling.holders[job.id] = cast("Any", object())
+    job._holder = cast("Any", object())
     ledger.started(1)
     settling.settle([(job, Outcome(error=JobError("timeout", "late"), cancelled=True), 8.0)])
-    assert (ledger.pending, job.timing.started, settling.holders) == (0, 8.0, {})
+    assert (ledger.pending, job.timing.started, job._holder) == (0, 8.0, None)

@@ -554,7 +554,7 @@ class Evaluator(ReferenceNames, abc.ABC):
 
     def _close_the_rest(self, cancelled: list[Job]) -> list[Job]:
         self.timeout = None
-        finished = [job for job in self._ledger.peek() if job._gathered is None]
+        finished = [job for job in self._ledger.peek() if job._gathered_at is None]
         if cancelled or finished:
             self._gathered.add(finished + cancelled)
         if self._callbacks:

@@ -15,7 +15,9 @@ from paraval.errors import WrongTypeError
 from paraval.outcome import JobError, Objective, Outcome, error_from_exception, is_failure, standardize
 
 if TYPE_CHECKING:
+    from paraval.engine.running.worker import Worker
     from paraval.storage import Storage
+    from paraval.submission import Submission
 
 __all__ = [
     "OURS",
@@ -111,7 +113,6 @@ class Job:
 
     Attributes:
         output: what the run-function returned, as it was; None until then, and when it failed.
-        metadata: what the run-function and paraval noted beside the output.
         error: None, or why the job failed.
         context: shared by the jobs of one evaluator.
         stdout: the tail of what the job printed, where ``capture_output`` was asked for and can be had.
@@ -126,14 +127,16 @@ class Job:
         "__weakref__",
         "_finished",
         "_gathered",
+        "_holder",
+        "_metadata",
         "_started",
         "_status",
+        "_submission",
         "_submitted",
         "args",
         "context",
         "error",
         "id",
-        "metadata",
         "output",
         "run_function",
         "storage",
@@ -158,17 +161,33 @@ class Job:
         self.run_function = run_function
         self.storage = storage
         self.output: Any = None
-        self.metadata: dict[str, Any] = {}
+        self._metadata: dict[str, Any] | None = {}
         self.error: JobError | None = None
         self.context = _NO_CONTEXT
+        self._submission: Submission | None = None
         self._status = _READY
         self._submitted: float | None = None
         self._started: float | None = None
         self._finished: float | None = None
         self._gathered: float | None = None
+        self._holder: Worker | None = None
+        """The worker that has it."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(id={self.id!r}, status={self._status.name}, args={self.args!r})"
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the run-function and paraval noted beside the output."""
+        metadata, submission = self._metadata, self._submission
+        if metadata is None:
+            metadata = {} if submission is None else submission.notes[submission.find(self.id)]
+            self._metadata = metadata
+        return metadata
+
+    @metadata.setter
+    def metadata(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
 
     @property
     def status(self) -> JobStatus:
@@ -184,7 +203,14 @@ class Job:
     @property
     def timing(self) -> JobTiming:
         """When it was submitted, started, finished and gathered."""
-        return JobTiming(self._submitted, self._started, self._finished, self._gathered)
+        return JobTiming(self._submitted, self._started, self._finished, self._gathered_at)
+
+    @property
+    def _gathered_at(self) -> float | None:
+        """When it was gathered, maybe with all that were submitted with it."""
+        if self._gathered is None and self._submission is not None:
+            return self._submission.notes.gathered
+        return self._gathered
 
     @property
     def failed(self) -> bool:
@@ -243,8 +269,10 @@ class Job:
             self._set_error(self.error or error_from_exception(exc))
 
     def __getstate__(self) -> Any:
+        self._metadata, self._gathered = self.metadata, self._gathered_at
         state: Any = object.__getstate__(self)
         own, slots = state
+        slots = {**slots, "_submission": None, "_holder": None}  # what it had to give is there
         if "<" in getattr(self.run_function, "__qualname__", "<"):  # a lambda or a local function cannot be pickled
             slots = {**slots, "run_function": None}
         return own, slots
@@ -309,31 +337,23 @@ class HPOJob(Job):
         self.output = {"objective": error.reason}
 
 
-def make_jobs(
-    job_class: type[Job],
-    ids: Sequence[str],
-    all_args: Sequence[dict[str, Any]],
-    all_metadata: Sequence[dict[str, Any]],
-    run_function: Callable[..., Any],
-    storage: Storage,
-    context: JobContext,
-    submitted: float,
-) -> list[Job]:
-    """Make jobs of one of OURS as its constructor does, in two thirds of the time."""
+def make_jobs(job_class: type[Job], all_args: Sequence[dict[str, Any]], submission: Submission) -> list[Job]:
+    """Make the jobs of a submission, of one of OURS, as its constructor does, in two thirds of the time."""
     jobs = []
-    for job_id, args, metadata in zip(ids, all_args, all_metadata, strict=True):
-        job: Job = object.__new__(job_class)
+    run_function, storage, context = submission.run_function, submission.storage, submission.context
+    submitted = submission.submitted
+    for job_id, args in zip(submission.ids, all_args, strict=True):
+        job: Job = _new(job_class)
         job.id = job_id
         job.args = args
         job.run_function = run_function
         job.storage = storage
-        job.output = None
-        job.metadata = metadata
-        job.error = None
+        job.output = job.error = job._metadata = None
         job.context = context
         job._status = _READY
+        job._submission = submission
         job._submitted = submitted
-        job._started = job._finished = job._gathered = None
+        job._started = job._finished = job._gathered = job._holder = None
         jobs.append(job)
     return jobs
 
@@ -494,4 +514,5 @@ _READY = JobStatus.READY
 _DONE = JobStatus.DONE
 _CANCELLED = JobStatus.CANCELLED
 OURS: Final = frozenset({Job, HPOJob})
+_new: Final = object.__new__
 _STOPPING = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})

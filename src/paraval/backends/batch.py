@@ -268,10 +268,13 @@ class Batch:
         """Do the same for jobs that all returned, at a fraction of the cost."""
         sent = self._sent or {}
         ids = [job.id for job in jobs]
-        if not all(map(sent.__contains__, ids)):  # one was settled meanwhile
+        if list(sent) == ids:  # all that it had
+            sent.clear()
+        elif all(map(sent.__contains__, ids)):
+            deque(map(sent.pop, ids), maxlen=0)  # a loop would cost twice as much
+        else:  # one was settled meanwhile
             self.finish_all(jobs, all_returned(values), starts, ends)
             return
-        deque(map(sent.pop, ids), maxlen=0)  # a loop would cost twice as much
         self._finished.append(Returned(jobs, ids, values, starts, ends))
         self.last_end = ends[-1]
         shortest_s = min(map(operator.sub, ends, starts))

@@ -299,7 +299,8 @@ class RemoteSlot(ExecutorSlot):
 
     async def run(self, batch: Batch) -> None:
         sent = batch.take_all()
-        jobs, failures, _ = await self._packer.pack(list(sent.values()))
+        job_ids, all_args, failures, _ = await self._packer.pack(list(sent.values()))
+        jobs = list(zip(job_ids, all_args, strict=True))
         now = self._spec.clock()
         for job, reason in failures:
             batch.finish_sent(job, Outcome(error=unpicklable(reason)), now, now)

@@ -49,12 +49,14 @@ class Parcel(NamedTuple):
     """Jobs as they are sent.
 
     Attributes:
-        items: their ids and arguments, the latter sealed unless they are plain.
+        ids: of the jobs.
+        args: the arguments of each, sealed unless they are plain.
         failures: the jobs that cannot be sent, and why.
         is_large: whether it takes a while to copy this.
     """
 
-    items: list[tuple[str, Any]]
+    ids: list[str]
+    args: list[Any]
     failures: Sequence[tuple[Job, PicklingFailed]] = ()
     is_large: bool = False
 
@@ -65,57 +67,61 @@ class Packer:
     def __init__(self) -> None:
         self._pickler = PiecewisePickler()
 
-    def pack_soon(self, jobs: Sequence[Job], most: int) -> list[tuple[str, Any]] | None:
+    def pack_soon(self, jobs: Sequence[Job], most: int) -> Parcel | None:
         """Give jobs as they are sent, if all can be, and if they take no more than about so many bytes."""
-        items: list[tuple[str, Any]] = [(job.id, job.args) for job in jobs]
-        if are_plain_dicts([args for _, args in items]):  # as a rule
-            return items
-        for place, (job_id, args) in enumerate(items):
-            if not is_plain(args):
-                try:
-                    sealed = Sealed(self._pickler.dumps(args, _NAME, most))
-                except (TooLargeError, PicklingFailed):
-                    return None
-                most -= len(sealed.data)
-                items[place] = (job_id, sealed)
-        return items
+        all_args: list[Any] = [job.args for job in jobs]
+        if not are_plain_dicts(all_args):  # else, as a rule, there is nothing to do
+            for place, args in enumerate(all_args):
+                if not is_plain(args):
+                    try:
+                        all_args[place] = sealed = Sealed(self._pickler.dumps(args, _NAME, most))
+                    except (TooLargeError, PicklingFailed):
+                        return None
+                    most -= len(sealed.data)
+        return Parcel([job.id for job in jobs], all_args)
 
     async def pack(self, jobs: Sequence[Job]) -> Parcel:
         """Give jobs as they are sent."""
         if len(jobs) == 1 and is_plain(jobs[0].args):
-            return Parcel([(jobs[0].id, jobs[0].args)])
-        items: list[tuple[str, Any]] = [(job.id, job.args) for job in jobs]
-        if are_plain_dicts([args for _, args in items]):  # as a rule
-            return Parcel(items)
-        items.clear()
+            return Parcel([jobs[0].id], [jobs[0].args])
+        all_args: list[Any] = [job.args for job in jobs]
+        if are_plain_dicts(all_args):  # as a rule
+            return Parcel([job.id for job in jobs], all_args)
         failures: list[tuple[Job, PicklingFailed]] = []
+        parcel = Parcel([], [], failures)
         room = LARGE
-        for place, job in enumerate(jobs):
-            args: Any = job.args
+        for place, (job, args) in enumerate(zip(jobs, all_args, strict=True)):
+            packed = args
             if not is_plain(args):
                 try:
-                    args = Sealed(self._pickler.dumps(args, _NAME, room))
-                    room -= len(args.data)
+                    packed = Sealed(self._pickler.dumps(args, _NAME, room))
+                    room -= len(packed.data)
                 except TooLargeError:
                     rest = await call_in_thread(_pack_slowly, jobs[place:], abandon_on_cancel=True)
-                    return Parcel(items + rest.items, [*failures, *rest.failures], is_large=True)
+                    return Parcel(
+                        parcel.ids + rest.ids, parcel.args + rest.args, [*failures, *rest.failures], is_large=True
+                    )
                 except PicklingFailed as exc:
                     failures.append((job, exc))
                     continue
-            items.append((job.id, args))
-        return Parcel(items, failures)
+            parcel.ids.append(job.id)
+            parcel.args.append(packed)
+        return parcel
 
 
 def _pack_slowly(jobs: Sequence[Job]) -> Parcel:
     pickler = PiecewisePickler()  # another, as a thread that is left behind may go on with it
-    items: list[tuple[str, Any]] = []
     failures: list[tuple[Job, PicklingFailed]] = []
+    parcel = Parcel([], [], failures)
     for job in jobs:
         try:
-            items.append((job.id, Sealed(pickler.dumps(job.args, _NAME))))
+            sealed = Sealed(pickler.dumps(job.args, _NAME))
         except PicklingFailed as exc:
             failures.append((job, exc))
-    return Parcel(items, failures)
+            continue
+        parcel.ids.append(job.id)
+        parcel.args.append(sealed)
+    return parcel
 
 
 def unpicklable(exc: PicklingFailed) -> JobError:

@@ -234,7 +234,7 @@ class ProcessSlot(Slot):
             return False
         number = process.next_number
         try:
-            frame = pickle.dumps(("jobs", number, [(job.id, job.args)], batch.hold_s, False), 5)
+            frame = pickle.dumps(("jobs", number, [job.id], [job.args], batch.hold_s, False), 5)
         except Exception:  # noqa: BLE001 - there is no memory for it, say; a task can tell
             return False
         unsent = process.post_jobs(frame, self._hear)
@@ -339,10 +339,10 @@ class ProcessSlot(Slot):
     def _lay_down(self, process: WorkerProcess, batch: Batch, jobs: Sequence[Job]) -> bool:
         number = process.next_number
         try:
-            items = self._packer.pack_soon(jobs, _LARGEST_AHEAD)
-            if items is None:
+            parcel = self._packer.pack_soon(jobs, _LARGEST_AHEAD)
+            if parcel is None:
                 return False
-            frame = pickle.dumps(("jobs", number, items, batch.hold_s, True), 5)
+            frame = pickle.dumps(("jobs", number, parcel.ids, parcel.args, batch.hold_s, True), 5)
         except Exception:  # noqa: BLE001 - there is no memory for it, say; it will be told when their turn comes
             return False
         self._bytes_per_job = len(frame) // len(jobs)
@@ -489,7 +489,7 @@ class ProcessSlot(Slot):
         parcel = await self._packer.pack(list(sent.values()))
         for job, reason in parcel.failures:
             self._fail(batch, {job.id: job}, Outcome(error=unpicklable(reason)))
-        frame = ("jobs", number, parcel.items, batch.hold_s, batch.may_have_more)
+        frame = ("jobs", number, parcel.ids, parcel.args, batch.hold_s, batch.may_have_more)
         if parcel.is_large:
             return await call_in_thread(PiecewisePickler().dumps, frame, "the jobs", abandon_on_cancel=True)
         return pickle.dumps(frame, 5)

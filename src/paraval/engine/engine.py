@@ -166,7 +166,8 @@ class Engine:
 
     async def execute_on_slot(self, job: Job) -> Job:
         """Run a job that a worker has taken on that worker's slot; for an overridden ``Evaluator.execute``."""
-        worker = self._settling.holders.get(job.id)
+        held = self._settling.open.get(job.id)
+        worker = None if held is None else held._holder
         if worker is None:
             raise UsageError(f"no worker has job {job.id}: execute() is for the job that it was called with")
         return await worker.execute_on_slot(job)
@@ -260,11 +261,11 @@ class Engine:
             waiting = [] if worker.batch is None else worker.batch.reclaim()
             self._ledger.started(-len(waiting))
             for job in waiting:
-                settling.holders.pop(job.id, None)
+                job._holder = None
         for worker in self._workers:
             worker.hold_up()
-        taken = settling.holders.keys() | settling.reasons.keys()
-        waiting = [job for job in settling.open.values() if job.id not in taken]
+        reasons = settling.reasons
+        waiting = [job for job in settling.open.values() if job._holder is None and job.id not in reasons]
         for job in waiting:
             settling.reasons[job.id] = reason
             job._status = JobStatus.CANCELLING  # no worker takes it any more
@@ -294,12 +295,12 @@ class Engine:
     def _cancel(self, job: Job, reason: JobError, patience: int = 200) -> None:
         if job.id not in self._settling.open:
             return
-        worker, is_sure = self._settling.holders.get(job.id), True
+        worker, is_sure = job._holder, True
         if worker is not None:
             is_sure = worker.hold_up()
             if job.id not in self._settling.open:
                 return
-            worker = self._settling.holders.get(job.id)  # none, if it was sent ahead
+            worker = job._holder  # none, if it was sent ahead
         batch = None if worker is None else worker.batch
         if worker is None or batch is None:
             self._settling.settle_all([job.id], reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections.abc import Callable
 
@@ -69,18 +70,40 @@ class Gathered:
     def stamp(self, jobs: list[Job], *, are_private: bool = False) -> list[Job]:
         """Note the time; give the jobs that are gathered for the first time (a close may have shown some already)."""
         now = self._clock()
-        fresh = [job for job in jobs if job._gathered is None]
+        fresh = list(jobs) if len(jobs) > 1 and self._stamp_together(jobs, now) else self._stamp_each(jobs, now)
+        with self._counting:
+            self.count += len(fresh)
+        if not are_private:  # of a service that evaluates for months, nothing must stay
+            self.ids += [job.id for job in fresh]
+            self.undumped += fresh
+        return fresh
+
+    @staticmethod
+    def _stamp_together(jobs: list[Job], now: float) -> bool:
+        """Stamp jobs that are all that were submitted with them; False, and nothing is stamped, if not so."""
+        count = 0
+        submissions = set(map(_submission_of, jobs))
+        for submission in submissions:
+            if submission is None or submission.is_gathered_in_part or submission.notes.gathered is not None:
+                return False
+            count += len(submission.ids)
+        if count != len(jobs):
+            return False
+        for submission in submissions:
+            submission.notes.note_gathered(now)
+        return True
+
+    def _stamp_each(self, jobs: list[Job], now: float) -> list[Job]:
+        fresh = [job for job in jobs if job._gathered_at is None]
         for job in fresh:
             job._gathered = now
             if job.restored:
                 self.restored.add(job.id)  # they are as many as the records that others have made
             else:
                 job.metadata["timestamp_gather"] = now
-        with self._counting:
-            self.count += len(fresh)
-        if not are_private:  # of a service that evaluates for months, nothing must stay
-            self.ids += [job.id for job in fresh]
-            self.undumped += fresh
+        for submission in set(map(_submission_of, fresh)) if len(fresh) > 1 else [job._submission for job in fresh]:
+            if submission is not None:
+                submission.is_gathered_in_part = True
         return fresh
 
     def _tell(self, fresh: list[Job]) -> None:
@@ -90,9 +113,12 @@ class Gathered:
             self._notifier.call("on_gather", fresh, [])
 
 
+_submission_of = operator.attrgetter("_submission")
+
+
 def _notes_of(gathered: list[Job], owner: str) -> list[JobChange]:
     return [
-        JobChange(job.id, metadata={"timestamp_gather": job._gathered}, by=owner)
+        JobChange(job.id, metadata={"timestamp_gather": job._gathered_at}, by=owner)
         for job in gathered
         if not job.restored
     ]

@@ -21,6 +21,7 @@ from paraval.outcome import Outcome, error_from_exception
 from paraval.storage import JobChange, JobRecord, Storage
 from paraval.storage.records import NewJobs
 from paraval.storage.writer import Writer, patiently
+from paraval.submission import Notes, Submission
 
 if TYPE_CHECKING:
     from paraval.engine.known.answers import Known
@@ -219,11 +220,13 @@ class Intake:
     def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
         make, storage, context, function = self.job_class, self._storage, self._context, self._function
         name, owner, now = self._function_name, self._owner, self._clock()
-        all_args = [dict(configuration) for configuration in configurations]
+        all_args = list(map(dict, configurations))
+        if self._writer is None and self._recall is None and len(all_args) > 1 and make in OURS:
+            notes = Notes(now, len(all_args))
+            job_ids = self._insert(NewJobs(all_args, notes, name, owner, is_private))
+            return make_jobs(make, all_args, Submission(job_ids, function, storage, context, now, notes))
         all_metadata = [{"timestamp_submit": now} for _ in configurations]
         job_ids = self._insert(NewJobs(all_args, all_metadata, name, owner, is_private))
-        if len(job_ids) > 1 and make in OURS:
-            return make_jobs(make, job_ids, all_args, all_metadata, function, storage, context, now)
         jobs = []
         try:
             for job_id, args, metadata in zip(job_ids, all_args, all_metadata, strict=True):

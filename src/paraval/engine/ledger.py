@@ -14,6 +14,7 @@ from typing import Final
 
 import anyio
 
+from paraval.backends.base import Returned
 from paraval.errors import ParavalError
 from paraval.job import Job, JobStatus
 from paraval.loops import Event, Loop
@@ -155,23 +156,35 @@ class Ledger:
 
     def deliver(self, jobs: Sequence[Job], *, mail: bool = True) -> None:
         """Hand over jobs that have ended and are recorded; without ``mail`` their gatherer is whoever closes."""
-        wakes: list[Callable[[], object]] = []
-        ready: Sequence[_Waiter] = ()
         with self._lock:
             self._count(jobs)
-            private = self._private
-            public = [job for job in jobs if job.id not in private] if private else jobs
-            if len(public) < len(jobs):
-                wakes = [private.pop(job.id) for job in jobs if job.id in private]
-            self.in_flight -= len(public)
-            if mail:
-                self._delivered += len(public)
-                self._mailbox.extend(public)
-            if self._waiters:
-                ready = self._take_ready()
-        for wake in wakes:
-            wake()
-        _wake(ready)
+            wakes = self._hand_out(jobs, mail=mail)
+        _wake(wakes)
+
+    def deliver_returned(self, group: Returned) -> None:
+        """Do so for jobs that all returned, and have not failed by what they returned."""
+        with self._lock:
+            self.settled += len(group.jobs)
+            self.done += len(group.jobs)
+            self.busy_s += sum(group.ends) - sum(group.starts)
+            self.last_end = group.ends[-1]
+            wakes = self._hand_out(group.jobs, mail=True)
+        _wake(wakes)
+
+    def _hand_out(self, jobs: Sequence[Job], *, mail: bool) -> list[Callable[[], object]]:
+        """Under the lock: put jobs where their gatherers find them; give what wakes those that wait."""
+        private = self._private
+        wakes: list[Callable[[], object]] = []
+        public = [job for job in jobs if job.id not in private] if private else jobs
+        if len(public) < len(jobs):
+            wakes = [private.pop(job.id) for job in jobs if job.id in private]
+        self.in_flight -= len(public)
+        if mail:
+            self._delivered += len(public)
+            self._mailbox.extend(public)
+        if self._waiters:
+            wakes += self._take_ready()
+        return wakes
 
     def fail(self, error: ParavalError, *, lasting: bool = True) -> None:
         """Wake everyone with an error: nothing more will come. A lasting one stays until :meth:`reopen`."""
@@ -183,8 +196,7 @@ class Ledger:
                 waiter.error = error
                 waiter.wake()
             wakes = list(self._private.values())
-        for wake in wakes:
-            wake()
+        _wake(wakes)
 
     def reopen(self) -> None:
         """Forget a failure: a new engine is at work."""
@@ -237,14 +249,14 @@ class Ledger:
         self.cancelled += cancelled
         self.done += len(jobs) - failed - cancelled
 
-    def _take_ready(self) -> Sequence[_Waiter]:
-        """Under the lock: give those that need not wait any more. They are woken without it, as they take it next."""
+    def _take_ready(self) -> Sequence[Callable[[], object]]:
+        """Under the lock: give what wakes those that need not wait any more; to be done without it, which they take."""
         if not self._waiters:
             return ()
         ready = [waiter for waiter in self._waiters if waiter.ready()]
         for waiter in ready:
             self._waiters.remove(waiter)
-        return ready
+        return [waiter.wake for waiter in ready]
 
     # -- the caller's side ---------------------------------------------------------------------------------------------
 
@@ -394,9 +406,9 @@ def _has_failed(job: Job) -> bool:
         return True
 
 
-def _wake(waiters: Sequence[_Waiter]) -> None:
-    for waiter in waiters:
-        waiter.wake()
+def _wake(wakes: Sequence[Callable[[], object]]) -> None:
+    for wake in wakes:
+        wake()
 
 
 async def until_set(event: Event, check: Callable[[], object] | None) -> None:

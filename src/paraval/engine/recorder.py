@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
+from paraval.backends.base import Returned
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
 from paraval.errors import StorageError
@@ -23,6 +24,7 @@ _logger = logging.getLogger("paraval")
 
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _RUNNING: Final = JobStatus.RUNNING.value
+_DONE: Final = JobStatus.DONE.value
 _CANCELLED: Final = JobStatus.CANCELLED
 
 
@@ -98,6 +100,22 @@ class Recorder:
             self._written(jobs, exc)
         else:
             self._hand_over(jobs)
+
+    def record_returned(self, group: Returned) -> None:
+        """Do so for jobs of the plain class that have returned what they have as their output."""
+        jobs, ids = group.jobs, group.ids
+        submission = jobs[0]._submission
+        metadata = None if submission is None else submission.notes_of(ids)
+        if metadata is None or self._writer is not None or self._notifier.callbacks:
+            self.record(list(jobs))
+            return
+        ends = JobEnds(ids, [_DONE] * len(ids), group.values, [None] * len(ids), metadata, self._owner)
+        try:
+            self._storage.end_jobs(ends)
+        except Exception as exc:  # noqa: BLE001 - a store may raise anything
+            self._written(list(jobs), exc)
+        else:
+            self._ledger.deliver_returned(group)
 
     def _changes(self, jobs: list[Job]) -> list[JobChange]:
         owner = self._owner

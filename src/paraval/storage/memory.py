@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import operator
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
 from typing import Any, Final, cast
 
 import msgspec
 
 from paraval.storage.base import Storage, UnknownIdError
 from paraval.storage.records import JobChange, JobEnds, JobRecord, NewJobs, adopt
+from paraval.submission import Notes
 
 __all__ = ["MemoryStorage"]
 
@@ -20,34 +21,96 @@ __all__ = ["MemoryStorage"]
 _MANY = 1024
 
 
-class _Waiting(msgspec.Struct, gc=False):
-    """A job that nothing has happened to since it was submitted with others, whose ``submission`` it shares."""
+class _Submitted:
+    """Jobs that nothing has happened to since they were submitted together.
 
-    id: str
-    args: tuple[dict[str, Any]]
-    metadata: dict[str, Any]
-    revision: int
-    submission: NewJobs
+    Args:
+        first: the number of the first of them.
+        ids: of all.
+        jobs: what they are.
+        before: the revision before that of the first.
+    """
 
-    def record(self) -> JobRecord:
-        """Make the record."""
-        _, _, function, owner, is_private = self.submission
+    __slots__ = ("first", "ids", "jobs", "revision")
+
+    def __init__(self, first: int, ids: list[str], jobs: NewJobs, before: int) -> None:
+        self.first = first
+        self.ids = ids
+        self.jobs = jobs
+        self.revision = before + 1
+
+    def id_of(self, number: int) -> str:
+        """Give the id of a job."""
+        return self.ids[number - self.first]
+
+    def revision_of(self, number: int) -> int:
+        """Give the revision of a job."""
+        return self.revision + number - self.first
+
+    def record_of(self, number: int, *, as_copy: bool = False) -> JobRecord:
+        """Make the record of a job; a copy has its metadata in a dict of its own."""
+        at = number - self.first
+        args, metadata, function, owner, is_private = self.jobs
         return JobRecord(
-            self.id,
-            args=self.args,
-            metadata=self.metadata,
+            self.ids[at],
+            args=(args[at],),
+            metadata=metadata.copy_of(at) if as_copy and isinstance(metadata, Notes) else metadata[at],
             function=function,
             owner=owner,
             is_private=is_private,
-            revision=self.revision,
+            revision=self.revision + at,
         )
+
+    def has(self, ends: JobEnds, first: int) -> bool:
+        """Whether these are the ends of jobs from that number on, noted where the metadata is that they came with."""
+        at, count, whole, part = first - self.first, len(ends.ids), self.jobs.metadata, ends.metadata
+        if self.jobs.owner != ends.by or self.ids[at : at + count] != ends.ids:
+            return False
+        if isinstance(whole, Notes):
+            return isinstance(part, Notes) and part.is_part_of(whole, at)
+        return all(map(operator.is_, part, whole[at : at + count]))
+
+
+class _Ended:
+    """Jobs that were submitted together and have ended together, and nothing else has happened to them.
+
+    Args:
+        submitted: what is known of them otherwise.
+        first: the number of the first of them.
+        ends: how they ended.
+        before: the revision before that of the first.
+    """
+
+    __slots__ = ("ends", "first", "revision", "submitted")
+
+    def __init__(self, submitted: _Submitted, first: int, ends: JobEnds, before: int) -> None:
+        self.submitted = submitted
+        self.first = first
+        self.ends = ends
+        self.revision = before + 1
+
+    def id_of(self, number: int) -> str:
+        """Give the id of a job."""
+        return self.ends.ids[number - self.first]
+
+    def revision_of(self, number: int) -> int:
+        """Give the revision of a job."""
+        return self.revision + number - self.first
+
+    def record_of(self, number: int, *, as_copy: bool = False) -> JobRecord:
+        """Make the record of a job, likewise."""
+        record = self.submitted.record_of(number, as_copy=as_copy)
+        at, ends = number - self.first, self.ends
+        record.status, record.out, record.error = ends.statuses[at], ends.outs[at], ends.errors[at]
+        record.revision = self.revision + at
+        return record
 
 
 class _Search:
     """One search.
 
-    Of a job that was submitted with many there is a record only when something has happened to it: in most cases its
-    end, and then one record is made where else there would be a record, a change, and a record that is changed.
+    Jobs that are submitted together, and end together, have no records of their own: their entries are what they have
+    in common, and the columns that they came in. A record is made when somebody asks for it, or changes it.
 
     ``notes`` is metadata that others than the job's evaluator have stored. They are kept apart, as the dict in the
     record is the job's own.
@@ -71,7 +134,7 @@ class _Search:
     def __init__(self) -> None:
         self.notes: dict[str, dict[str, Any]] = {}
         self.values: dict[str, Any] = {}
-        self._entries: list[JobRecord | _Waiting] = []  # by their numbers
+        self._entries: list[JobRecord | _Submitted | _Ended] = []  # by their numbers
         self._settled: list[str] = []
         self._settled_at: list[int] = []
         self._before = 0  # the revision after which the recent ones begin
@@ -92,31 +155,39 @@ class _Search:
             entry = self._entries[number]
         except (ValueError, IndexError):
             return None
-        if entry.id != job_id:  # as "0.-1" and "0.007" are of none
+        if isinstance(entry, JobRecord):
+            return entry if entry.id == job_id else None  # as "0.-1" and "0.007" are of none
+        if number < 0 or entry.id_of(number) != job_id:
             return None
-        if type(entry) is not _Waiting:
-            return entry  # type: ignore[return-value] # it is what is left: isinstance costs more
-        self._entries[number] = record = entry.record()
+        self._entries[number] = record = entry.record_of(number)
         return record
 
     def copy(self, job_id: str) -> JobRecord | None:
         """Give the record of a job as it is now, to whoever may change what they get; None if there is no such job."""
-        entry = self._entry(job_id)
-        if entry is None:
+        number = self._number_of(job_id)
+        if number is None:
             return None
-        copied = entry.record() if isinstance(entry, _Waiting) else msgspec.structs.replace(entry)
+        entry = self._entries[number]
+        if not isinstance(entry, JobRecord):
+            return entry.record_of(number, as_copy=True)  # of which nobody has stored metadata
+        copied = msgspec.structs.replace(entry)
         if copied.metadata is not None:
             copied.metadata = {**copied.metadata, **self.notes.get(job_id, {})}
         if copied.budgets is not None and copied.objectives is not None:
             copied.budgets, copied.objectives = list(copied.budgets), list(copied.objectives)
         return copied
 
-    def _entry(self, job_id: str) -> JobRecord | _Waiting | None:
+    def _number_of(self, job_id: str) -> int | None:
+        """Give the number of a job; None if there is no such job."""
         try:
-            entry = self._entries[_number_of(job_id)]
+            number = _number_of(job_id)
+            return number if number >= 0 and self._id_of(number) == job_id else None
         except (ValueError, IndexError):
             return None
-        return entry if entry.id == job_id else None
+
+    def _id_of(self, number: int) -> str:
+        entry = self._entries[number]
+        return entry.id if isinstance(entry, JobRecord) else entry.id_of(number)
 
     def apply(self, changes: Sequence[JobChange], records: Sequence[JobRecord]) -> None:
         """Apply each change to its record, but for those that another owner wants."""
@@ -164,69 +235,43 @@ class _Search:
 
     def add_jobs(self, search_id: str, jobs: NewJobs) -> list[str]:
         """Number new jobs, and add them."""
-        count, shared = len(jobs.args), jobs._replace(args=(), metadata=())
+        count = len(jobs.args)
         self._make_room(count)
         while True:
             first, revision = len(self._entries), self.revision
             ids = [f"{search_id}.{number}" for number in range(first, first + count)]
-            revisions = range(revision + 1, revision + count + 1)
-            all_args = zip(jobs.args, strict=True)  # a tuple of one each
-            waiting = list(map(_Waiting, ids, all_args, jobs.metadata, revisions, repeat(shared)))
+            entries = [_Submitted(first, ids, jobs, revision)] * count
             if (len(self._entries), self.revision) == (first, revision):  # else a finalizer was here
-                self._entries += waiting
+                self._entries += entries
                 self._recent += ids
                 return ids
 
     def end_jobs(self, ends: JobEnds) -> bool:
         """End jobs; False, and nothing is changed, if they are not all of this search."""
-        entries, recent, by = self._entries, self._recent, ends.by
-        numbers = self._numbers_of(ends.ids)
-        if numbers is None:
+        if self._end_together(ends):
+            return True
+        records = [self.record(job_id) for job_id in ends.ids]
+        if not all(records):
             return False
-        revision = self.revision
-        for number, job_id, status, out, error, metadata in zip(numbers, *ends[:5], strict=True):
-            entry = entries[number]
-            if type(entry) is _Waiting and entry.metadata is metadata and entry.submission.owner == by:  # as a rule
-                _, _, function, owner, is_private = entry.submission
-                revision += 1
-                entries[number] = JobRecord(
-                    job_id,
-                    status,
-                    entry.args,
-                    None,
-                    out,
-                    error,
-                    metadata,
-                    None,
-                    None,
-                    function,
-                    owner,
-                    0,
-                    is_private,
-                    None,
-                    revision,
-                )
-                recent.append(job_id)
-                continue
-            record = cast("JobRecord", self.record(job_id))
-            change = JobChange(job_id, status=status, out=out, error=error, metadata=metadata, by=by)
-            self.apply((change,), (record,))
-            recent, revision = self._recent, self.revision  # which may be merged now
+        self.apply(ends.changes(), cast("list[JobRecord]", records))
         return True
 
-    def _numbers_of(self, job_ids: Sequence[str]) -> list[int] | None:
-        """Give the numbers of jobs, most of which follow one another; None if there is one that does not exist."""
-        entries, known = self._entries, len(self._entries)
-        numbers = []
-        number = -1
-        for job_id in job_ids:
-            number += 1
-            if number >= known or entries[number].id != job_id:
-                if self._entry(job_id) is None:
-                    return None
-                number = _number_of(job_id)
-            numbers.append(number)
-        return numbers
+    def _end_together(self, ends: JobEnds) -> bool:
+        """End jobs that were submitted together and follow one another; False, and nothing is changed, if not so."""
+        first, count = self._number_of(ends.ids[0]), len(ends.ids)
+        if first is None or {count} != {*map(len, ends[:5])}:
+            return False
+        entry = self._entries[first]
+        if not isinstance(entry, _Submitted) or self._entries[first : first + count].count(entry) < count:
+            return False
+        if not entry.has(ends, first):
+            return False
+        ended = [_Ended(entry, first, ends, self.revision)] * count
+        if self._entries[first : first + count].count(entry) < count or ended[0].revision != self.revision + 1:
+            return self._end_together(ends)  # a finalizer was here
+        self._entries[first : first + count] = ended
+        self._recent += ends.ids
+        return True
 
     # -- the log -------------------------------------------------------------------------------------------------------
 
@@ -239,7 +284,9 @@ class _Search:
         self._before, self._recent = self.revision, []
 
     def _revision_of(self, job_id: str) -> int:
-        return self._entries[_number_of(job_id)].revision
+        number = _number_of(job_id)
+        entry = self._entries[number]
+        return entry.revision if isinstance(entry, JobRecord) else entry.revision_of(number)
 
     def changed_since(self, revision: int) -> list[str]:
         """Give the ids of the jobs that have changed after a revision, in the order of their last changes."""

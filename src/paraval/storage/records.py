@@ -141,9 +141,11 @@ class JobChange(msgspec.Struct, gc=False):
 class NewJobs(NamedTuple):
     """Jobs that one evaluator submits together: what differs is in columns, what they share is there once.
 
+    A store may keep the columns, and the dicts in them.
+
     Attributes:
         args: the parameters of each.
-        metadata: the metadata of each; a store may keep these very dicts.
+        metadata: the metadata of each; it may be a :class:`~paraval.submission.Notes`, which makes them when asked.
         function: the name of the run-function.
         owner: the evaluator that submits them.
         is_private: they belong to whoever evaluates them, and are nothing for others to gather.
@@ -165,7 +167,7 @@ class NewJobs(NamedTuple):
 
 
 class JobEnds(NamedTuple):
-    """How several jobs of one owner have ended, in columns.
+    """How several jobs of one owner have ended, in columns, which a store may keep.
 
     Attributes:
         ids: of the jobs.

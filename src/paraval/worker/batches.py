@@ -51,12 +51,13 @@ class Batches:
         # Under _state: what the guard and the main thread share.
         self._state = _thread.allocate_lock()
         self._todo: deque[_JobOfMessage] = deque()
-        self._told = 0  # of how many jobs of the message the outcomes were sent
-        # Of those that were begun after them. While a job runs, there is a start more than there are ends.
+        self._count = 0  # of the jobs of the message, without those that were given back
+        self._told = 0  # of how many of them the outcomes were sent
+        # Of those that were begun after them; there may be a start more than were begun.
         self._starts: list[float] = []
         self._ends: list[float] = []
-        self._errors: dict[int, tuple[Any, ...]] = {}
         self._values: list[Any] = []
+        self._errors: dict[int, tuple[Any, ...]] = {}  # by their places in the message
         self._batches = 0
         self._due = 0.0
         self._guard_wanted = _thread.allocate_lock()
@@ -64,22 +65,23 @@ class Batches:
         self._guard_looks = math.inf
         self._guard_runs = False
 
-    def run(self, number: int, jobs: list[_JobOfMessage], hold_s: float) -> bool:
+    def run(self, number: int, job_ids: list[str], all_args: list[Any], hold_s: float) -> bool:
         """Run the jobs of a message.
 
         Args:
             number: of the message.
-            jobs: ids and arguments.
+            job_ids: in the order in which they are to be run.
+            all_args: their arguments.
             hold_s: after so many seconds, what was not begun is sent back.
 
         Returns:
             Whether it was asked to stop meanwhile.
         """
         self._number = number
-        if len(jobs) == 1:
-            self._run_alone(*jobs[0])
+        if len(job_ids) == 1:
+            self._run_alone(job_ids[0], all_args[0])
         else:
-            self._run_many(jobs, hold_s)
+            self._run_many(job_ids, all_args, hold_s)
         if not self.is_asked_to_stop:
             return False
         self.is_asked_to_stop = False  # only then, as it may come in between
@@ -96,87 +98,86 @@ class Batches:
         flush_output()
         self._wire.send(("done", self._number, 0, times, {} if error is None else {0: error}, [value]))
 
-    def _run_many(self, jobs: list[_JobOfMessage], hold_s: float) -> None:
-        state, board, todo, starts, ends, values, origin = (
-            self._state,
-            self._board,
-            self._todo,
-            self._starts,
-            self._ends,
-            self._values,
-            self.origin,
-        )
-        with state:
-            todo.extend(jobs)
+    def _run_many(self, job_ids: list[str], all_args: list[Any], hold_s: float) -> None:
+        board, run, number, origin = self._board, self._run, self._number, self.origin
+        # Without the lock: each of these is changed by one operation of one object, in the order given below.
+        todo = deque(zip(job_ids, all_args, strict=True))
+        starts: list[float] = []
+        ends: list[float] = []
+        values: list[Any] = []
+        errors: dict[int, tuple[Any, ...]] = {}
+        with self._state:
+            self._todo, self._starts, self._ends, self._values, self._errors = todo, starts, ends, values, errors
+            self._count = len(job_ids)
             self._told = 0
             self._batches += 1
             self._due = (now := monotonic()) + hold_s
         is_alone = not self._wake_guard()  # so that nobody could give back what it has not begun
-        report_at = now - origin + _HOLD_S
-        job = self._begin_next()
-        while job is not None:
-            error, value = self._run(*job)
-            # With one look at the clock and one turn with the lock, the next job begins where this one ends.
-            with state:
-                ended = monotonic() - origin
-                if error is not None:
-                    self._errors[len(ends)] = error
-                ends.append(ended)
-                values.append(value)
-                if (
-                    todo
-                    and ended < report_at
-                    and not (self.is_asked_to_stop or is_alone)
-                    and (board is None or board.begin(place_of(self._number, self._told + len(starts)), ended))
-                ):
-                    job = todo.popleft()
-                    starts.append(ended)
-                    continue
-            if ended >= report_at:
-                report_at = ended + _HOLD_S
+        now -= origin
+        report_at = now + _HOLD_S
+        place = 0
+        while True:
+            # Asked to stop maybe before it has begun any: while it was set up, say. Where the board says no, the job
+            # before was to be stopped, as it held the interpreter for too long.
+            if self.is_asked_to_stop or (board is not None and not board.begin(place_of(number, place), now)):
+                self._give_back()
+            starts.append(now)  # before it is taken, so that of each that was taken it is known
+            try:
+                job_id, args = todo.popleft()
+            except IndexError:  # all were begun, or the others were given back
+                break
+            error, value = run(job_id, args)
+            if error is not None:
+                errors[place] = error
+            values.append(value)
+            # With one look at the clock, the next job begins where this one ends.
+            now = monotonic() - origin
+            ends.append(now)  # last: where there is an end, there is all
+            place += 1
+            if now >= report_at:
                 self._report()
+                now = monotonic() - origin
+                report_at = now + _HOLD_S
             if is_alone:
                 self._give_back()
-            job = self._begin_next()
         if board is not None:
             board.end()
         flush_output()
         self._report()
 
-    def _begin_next(self) -> _JobOfMessage | None:
-        if self.is_asked_to_stop:  # maybe before it has begun any, as above
-            self._give_back()
-        with self._state:
-            if not self._todo:
-                return None
-            starts, board, now = self._starts, self._board, monotonic() - self.origin
-            if board is None or board.begin(place_of(self._number, self._told + len(starts)), now):
-                starts.append(now)
-                return self._todo.popleft()
-        self._give_back()  # the job before it was to be stopped, as it held the interpreter for too long
-        return None
-
     def _give_back(self) -> None:
         """Send back what was not begun."""
         with self._state:
-            at = self._told + len(self._starts)
-            is_any = bool(self._todo)
-            self._todo.clear()
+            is_any = self._take_away()
         if is_any:
             self._report()
-            self._wire.send(("back", self._number, at, None))
+            self._wire.send(("back", self._number, self._count, None))
+
+    def _take_away(self) -> bool:
+        """Under the lock: see to it that no further job is begun; say whether there was one."""
+        before = self._count
+        try:
+            while True:  # from the far end, as the main thread may take from the near end at the same moment
+                self._todo.pop()
+                self._count -= 1
+        except IndexError:
+            return self._count < before
 
     def _report(self) -> None:
         with self._state:
             count = len(self._ends)
             if count:
-                times = struct.pack(f"{2 * count}d", *self._starts[:count], *self._ends)
+                told = self._told
+                times = struct.pack(f"{2 * count}d", *self._starts[:count], *self._ends[:count])
+                # A copy first, as the main thread may add one meanwhile.
+                errors = {place - told: error for place, error in list(self._errors.items()) if place - told < count}
                 # Under the lock: outcomes must not overtake a "back".
-                self._wire.send(("done", self._number, self._told, times, self._errors, self._values))
+                self._wire.send(("done", self._number, told, times, errors, self._values[:count]))
                 self._told += count
-                del self._starts[:count]
-                for told in (self._ends, self._errors, self._values):
-                    told.clear()
+                for place in errors:
+                    del self._errors[told + place]
+                for reported in (self._starts, self._ends, self._values):
+                    del reported[:count]
 
     # -- the guard -----------------------------------------------------------------------------------------------------
 
@@ -215,13 +216,13 @@ class Batches:
                 self._guard_wanted.acquire()
             with self._state:
                 self._guard_wanted.acquire(blocking=False)  # in case that it was released after the time had run out
-                runs = len(self._starts) > len(self._ends)
+                runs = self._count - len(self._todo) > self._told + len(self._ends)
                 stuck = runs and monotonic() >= self._due
                 seen = self._batches
                 back: tuple[Any, ...] = ()
                 if stuck:
-                    back = ("back", self._number, self._told + len(self._starts), self._starts[-1])
-                    self._todo.clear()
+                    self._take_away()
+                    back = ("back", self._number, self._count, self._starts[self._count - 1 - self._told])
                 # Decided here, under the lock, so that a batch that begins now finds it asleep, and wakes it.
                 is_idle = stuck or (not self._todo and not runs)
                 looks = self._guard_looks = math.inf if is_idle else self._due

@@ -4,7 +4,7 @@ The frames are a length (8 bytes) and a pickled tuple, whose first item says wha
 
 ======== ================================= ==========================================================================
 parent   ``("setup", Setup)``              once, first
-         ``("jobs", n, [(id, args), …],    message n: jobs, to run in this order; after how many seconds what was not
+         ``("jobs", n, ids, [args, …],     message n: jobs, to run in this order; after how many seconds what was not
          seconds, more)``                  begun is to be sent back; whether more may lie on the tray then
          ``("look",)``                     there is
          ``("reply", error, value)``       to a call; both sealed

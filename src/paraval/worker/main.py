@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import faulthandler
+import functools
 import math
 import os
 import pickle
@@ -22,15 +23,21 @@ from paraval.errors import UsageError
 from paraval.job import JobContext, JobStatus, LiveJob, running_job
 from paraval.outcome import JobError, error_from_exception
 from paraval.worker.batches import Batches
+from paraval.worker.forks import mark_of_this_process
 from paraval.worker.frames import HEAD, MESSAGE, Sealed, Setup, Wire, sendable
 from paraval.worker.output import flush_output, unbuffer_output
-from paraval.worker.pickling import PicklingFailed, dumps
+from paraval.worker.pickling import PLAIN, PicklingFailed, dumps
 
 if TYPE_CHECKING:
     from paraval.worker.board import BoardOfWorker
 
 __all__ = ["exit_fork", "main", "may_retry"]
 
+_new: Final = object.__new__
+_SIGTERM: Final = int(signal.SIGTERM)
+# Enum's own look-up of a member costs more than anything else that is done with it here.
+_RUNNING: Final = JobStatus.RUNNING
+_CANCELLING: Final = JobStatus.CANCELLING
 _PEEK_S: Final = 0.02
 """How often a job that asks whether it shall stop has the socket looked at."""
 
@@ -108,11 +115,7 @@ class _LiveJob(LiveJob):
 
     __slots__ = ("_state", "_worker")
     _state: JobStatus
-
-    def __init__(self, context: JobContext, worker: Worker) -> None:
-        self.context = context
-        self._state = JobStatus.RUNNING
-        self._worker = worker
+    _worker: Worker
 
     @property
     def _status(self) -> JobStatus:
@@ -138,6 +141,7 @@ class Worker:
         self._expects_more = False
         self._waits_to_be_told = False
         self._pid = os.getpid()
+        self._here = mark_of_this_process()
         self._calling = _thread.allocate_lock()
         self._live: _LiveJob | None = None
         self._peeks_at = 0.0
@@ -159,9 +163,9 @@ class Worker:
             return
         self._wire.send(("ready", self._own_memory()))
         while (frame := self._next()) is not None:
-            _, self._seen, jobs, hold_s, more = frame
+            _, self._seen, job_ids, all_args, hold_s, more = frame
             self._expects_more = more and self._has_tray
-            if self._batches.run(self._seen, jobs, hold_s):
+            if self._batches.run(self._seen, job_ids, all_args, hold_s):
                 self._waits_to_be_told = True  # it shall not go on by itself
 
     def _own_memory(self) -> int:
@@ -212,7 +216,8 @@ class Worker:
         self._batches.origin = setup.origin
         self._context = JobContext(origin=setup.origin, kill_grace=setup.kill_grace, memory_limit=setup.memory_limit)
         self._is_async = setup.is_async
-        self._function, self._kwargs, self._stopper, initializer = pickle.loads(setup.program)  # noqa: S301 - our parent's
+        function, kwargs, self._stopper, initializer = pickle.loads(setup.program)  # noqa: S301 - our parent's
+        self._function = functools.partial(function, **kwargs) if kwargs else function
         if setup.is_async:
             from paraval.worker.coroutines import CoroutineRunner  # here: most workers never need it
 
@@ -259,31 +264,42 @@ class Worker:
         try:
             if type(args) is Sealed:
                 args = pickle.loads(args.data)  # noqa: S301 - from our own parent
-            if _handler_of(signal.SIGTERM) is not self._on_sigterm:  # an earlier job, or the set-up, has changed it
+            if _handler_of(_SIGTERM) is not self._on_sigterm:  # an earlier job, or the set-up, has changed it
                 self.handle_sigterm()
-            self._live = live = _LiveJob(self._context, self)
+            live = _new(_LiveJob)  # a constructor would cost a tiny job more than this
+            live.context = self._context
+            live._worker = self
+            live._state = _RUNNING
+            self._live = live
             if self._batches.is_asked_to_stop:  # just before there was a job to tell
-                live._status = JobStatus.CANCELLING
-            value = self._function(running_job(live, job_id, args, self._client, self._stopper), **self._kwargs)
-            if self._is_async:
+                live._state = _CANCELLING
+            value = self._function(running_job(live, job_id, args, self._client, self._stopper))
+            if self._runner is not None:
                 value = self._complete(value, live)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
-            if os.getpid() != self._pid:
-                exit_fork(exc)
-            was_asked = self._live is not None and self._live._state is JobStatus.CANCELLING
-            self._end_calls()
-            error = error_from_exception(exc)
-            if was_asked and error.type == "CancelledError" and not error.message:
-                error = error._replace(message="it was asked to stop, by SIGTERM")
-            return (*error, may_retry(exc, error, self._retry_on)), None
-        if os.getpid() != self._pid:
+            return self._failed(exc), None
+        if not self._here[0]:
             exit_fork(None)  # the job forked, and its child came back too: there is one worker on this socket
-        self._end_calls()
+        self._live = None
+        if self._has_client:
+            self._end_calls()
+        if type(value) in PLAIN:  # as a rule
+            return None, value
         try:
             return None, sendable(value)
         except PicklingFailed as exc:
             error = JobError("exception", str(exc), type="PicklingError")
             return (*error, False), None
+
+    def _failed(self, exc: BaseException) -> tuple[Any, ...]:
+        if not self._here[0]:
+            exit_fork(exc)
+        was_asked = self._live is not None and self._live._state is JobStatus.CANCELLING
+        self._end_calls()
+        error = error_from_exception(exc)
+        if was_asked and error.type == "CancelledError" and not error.message:
+            error = error._replace(message="it was asked to stop, by SIGTERM")
+        return (*error, may_retry(exc, error, self._retry_on))
 
     def _complete(self, coroutine: Any, live: _LiveJob) -> Any:
         return self._runner.run(coroutine, lambda: live._status is JobStatus.CANCELLING)

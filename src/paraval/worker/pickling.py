@@ -19,6 +19,7 @@ from types import FunctionType, MemberDescriptorType
 from typing import Any, Final
 
 __all__ = [
+    "PLAIN",
     "PicklingFailed",
     "PiecewisePickler",
     "TooLargeError",
@@ -33,7 +34,8 @@ __all__ = [
 _PROTOCOL: Final = 5
 _PIECE: Final = 1 << 20
 _MANY: Final = 1000
-_PLAIN: Final = frozenset({int, float, str, bool, type(None)})
+PLAIN: Final = frozenset({int, float, str, bool, type(None)})
+"""The types of scalars: none of them can fail to be sent."""
 
 
 class PicklingFailed(Exception):  # noqa: N818 - never shown: its message becomes that of a job's error
@@ -47,12 +49,12 @@ class TooLargeError(Exception):
 def is_plain(value: Any) -> bool:
     """Whether a value is a scalar or a small dict of scalars: it cannot fail to be sent, nor share anything."""
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return True
     if kind is not dict or len(value) > _MANY:
         return False
     for key, item in value.items():  # noqa: SIM110 - a generator would cost twice as much, for each job
-        if type(item) not in _PLAIN or type(key) not in _PLAIN:
+        if type(item) not in PLAIN or type(key) not in PLAIN:
             return False
     return True
 
@@ -62,8 +64,8 @@ def are_plain_dicts(values: Sequence[Any]) -> bool:
     return (
         {dict}.issuperset(map(type, values))
         and max(map(len, values), default=0) <= _MANY
-        and _PLAIN.issuperset(map(type, itertools.chain.from_iterable(values)))
-        and _PLAIN.issuperset(map(type, itertools.chain.from_iterable([value.values() for value in values])))
+        and PLAIN.issuperset(map(type, itertools.chain.from_iterable(values)))
+        and PLAIN.issuperset(map(type, itertools.chain.from_iterable([value.values() for value in values])))
     )
 
 

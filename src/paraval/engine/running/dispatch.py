@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
 from paraval.backends.base import Batch, WorkerDiedError
@@ -154,10 +153,8 @@ class Dispatch:
 
     def _hand_to(self, worker: Worker, jobs: Sequence[Job]) -> None:
         self._ledger.started(len(jobs))
-        if len(jobs) == 1:
-            self.settling.holders[jobs[0].id] = worker
-        else:
-            self.settling.holders.update(zip([job.id for job in jobs], repeat(worker)))
+        for job in jobs:
+            job._holder = worker
 
     def _note_start(self, worker: Worker, jobs: list[Job]) -> bool:
         self._hand_to(worker, jobs)
@@ -165,7 +162,7 @@ class Dispatch:
         if len(jobs) > 1 or self._recorder.note_running(jobs[0]):
             return True
         for job in jobs:  # they do not run: they wait for the end, which settles them
-            self.settling.holders.pop(job.id, None)
+            job._holder = None
         self._ledger.started(-len(jobs))
         return False
 
@@ -251,8 +248,7 @@ class Dispatch:
             return
         self._ledger.started(-len(jobs))
         for job in jobs:
-            settling.holders.pop(job.id, None)
-            job._started, job._status = None, JobStatus.READY
+            job._holder, job._started, job._status = None, None, JobStatus.READY
         reasons, now = settling.reasons, self._clock()
         stopped = [job for job in jobs if job.id in reasons]  # given back by a worker that was being stopped
         if stopped:
@@ -269,7 +265,7 @@ class Dispatch:
         self._deadlines.add(self._clock() + pause, lambda _now: self._requeue(job))
 
     def _requeue(self, job: Job) -> None:
-        if job.id in self.settling.open and job.id not in self.settling.holders:
+        if job.id in self.settling.open and job._holder is None:
             self.queue.put_back([job])
 
 

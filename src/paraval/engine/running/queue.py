@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import repeat, starmap
 
 from paraval.job import Job
 from paraval.loops import Loop
@@ -83,7 +84,7 @@ class JobQueue:
     def pull_many(self, most: int) -> list[Job]:
         """Give the next jobs, at most so many; [] when none waits."""
         jobs = self._jobs
-        return [jobs.popleft() for _ in range(min(most, len(jobs)))]
+        return list(starmap(jobs.popleft, repeat((), min(most, len(jobs)))))
 
     def pull_nowait(self) -> Job | None:
         """Give the next job, or None when none waits."""

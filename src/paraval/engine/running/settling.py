@@ -1,14 +1,13 @@
 """The one place where a job ends: it gets its outcome, once, and goes to the recorder.
 
-Here is also what is known of each job until then: that it is open, which worker has it, why it is being stopped.
+Here is also what is known of each job until then: that it is open, and why it is being stopped.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from paraval.backends.base import Ended, Returned
 from paraval.engine.reasons import out_of_time
@@ -17,9 +16,6 @@ from paraval.engine.running.attempts import Attempts
 from paraval.job import Job, JobStatus, taken_apart
 from paraval.loops import Loop
 from paraval.outcome import JobError, Outcome, returned
-
-if TYPE_CHECKING:
-    from paraval.engine.running.worker import Worker
 
 __all__ = ["Settling"]
 
@@ -39,7 +35,6 @@ class Settling:
 
     Attributes:
         open: every job that is not settled. Whoever pops a job from here settles it: so each is settled once.
-        holders: the worker that has the job.
         reasons: why the job is being stopped.
         stopped_at: since when, where it runs.
         all_settled: set when no job is open and the evaluator is being closed.
@@ -62,7 +57,6 @@ class Settling:
         self._try_again = try_again
         self._clock = clock
         self.open: dict[str, Job] = {}
-        self.holders: dict[str, Worker] = {}
         self.reasons: dict[str, JobError] = {}
         self.stopped_at: dict[str, float] = {}
         self.all_settled = loop.event()
@@ -85,7 +79,7 @@ class Settling:
             self.all_settled.set()
 
     def _settle_each(self, ended: Iterable[Ended], jobs: list[Job], told: list[tuple[Job, Outcome]]) -> None:
-        open_, holders, reasons, attempts = self.open, self.holders, self.reasons, self._attempts
+        open_, reasons, attempts = self.open, self.reasons, self._attempts
         has_limit = self._limit is not None
         for job, reported, finished in ended:
             job_id, error = job.id, reported[1]
@@ -95,7 +89,7 @@ class Settling:
                 continue
             if open_.pop(job_id, None) is None:
                 continue  # settled already: it was given up, and came back after all
-            holder = holders.pop(job_id, None)
+            holder, job._holder = job._holder, None
             job._finished = finished
             if holder is not None and job._started is None:
                 job._started = finished  # it was sent ahead, and nobody has said whether it began
@@ -114,17 +108,25 @@ class Settling:
         if limit is not None and max(group.longest_s() for group in groups) > limit:
             return False
         for group in groups:
-            still_open = map(self.open.pop, group.ids, repeat(None))
-            for job, value, started, finished in zip(still_open, group.values, group.starts, group.ends, strict=True):
-                if job is None:
-                    continue  # settled already
-                job._started, job._finished = started, finished
-                if type(job) is Job and not isinstance(value, dict):  # as a rule
-                    job.output, job._status = value, _DONE
-                else:
-                    job.settle(returned(value))
-                jobs.append(job)
-            deque(map(self.holders.pop, group.ids, repeat(None)), maxlen=0)
+            still_open = list(map(self.open.pop, group.ids, repeat(None)))
+            if set(map(type, still_open)) == {Job} and not any(
+                map(_is_dict, set(map(type, group.values)))
+            ):  # as a rule
+                for job, value, started, finished in zip(
+                    group.jobs, group.values, group.starts, group.ends, strict=True
+                ):
+                    job._holder = None
+                    job._started = started
+                    job._finished = finished
+                    job.output = value
+                    job._status = _DONE
+                self._recorder.record_returned(group)
+                continue
+            for maybe, value, started, finished in zip(still_open, group.values, group.starts, group.ends, strict=True):
+                if maybe is not None:  # else it is settled already
+                    maybe._holder, maybe._started, maybe._finished = None, started, finished
+                    maybe.settle(returned(value))
+                    jobs.append(maybe)
         return True
 
     def _look_whether_it_was_late(self, job: Job, finished: float) -> None:
@@ -164,9 +166,13 @@ class Settling:
         pause = self._attempts.another(job, error)
         if pause is None:
             return False
-        self.holders.pop(job.id, None)
+        job._holder = None
         self._try_again(job, pause)
         return True
+
+
+def _is_dict(kind: type) -> bool:
+    return issubclass(kind, dict)
 
 
 def _one_by_one(reports: Sequence[Ended | Returned]) -> Iterator[Ended]:

@@ -16,6 +16,7 @@ from paraval.job import JobContext, make_jobs
 from paraval.storage import JobChange, MemoryStorage, NullStorage
 from paraval.storage.records import JobEnds, NewJobs
 from paraval.submission import Notes, Submission, _Whole
+from runfunctions import Flags
 
 
 def value_of(job: Any) -> float:
@@ -158,6 +159,25 @@ def test_what_is_noted_at_any_time_is_in_the_record() -> None:
         storage.store_job_metadata(jobs[4].id, "by", "another")
         assert storage.load_job(jobs[4].id)["metadata"]["by"] == "another"
         assert "by" not in jobs[4].metadata
+
+
+@pytest.mark.parametrize("method", ["thread", "process"])
+def test_a_metadata_dict_that_was_replaced_is_the_one_that_counts(method: str, flags: Flags) -> None:
+    storage = MemoryStorage()
+
+    def function(job: Any) -> float:
+        flags.wait("go")
+        return float(job["x"])
+
+    with Evaluator.create(function, method, {"storage": storage, "num_workers": 2}) as evaluator:
+        evaluator.submit([{"x": number} for number in range(200)])
+        evaluator.jobs[150].metadata = {"mine": 1}
+        flags.put("go")
+        jobs = {job.id: job for job in evaluator.gather("ALL")}
+    job = jobs["0.150"]
+    assert job.metadata == {"mine": 1, "timestamp_gather": job.timing.gathered}
+    assert storage.load_job("0.150")["metadata"]["mine"] == 1
+    assert {len(one.metadata) for one in jobs.values()} == {2}
 
 
 def test_several_threads_that_look_find_the_same_dict() -> None:

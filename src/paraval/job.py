@@ -188,6 +188,8 @@ class Job:
     @metadata.setter
     def metadata(self, metadata: dict[str, Any]) -> None:
         self._metadata = metadata
+        if self._submission is not None:
+            self._submission.is_apart = True
 
     @property
     def status(self) -> JobStatus:

@@ -122,10 +122,11 @@ class Submission:
         storage: where they are recorded.
         context: what surrounds them.
         notes: their metadata.
-        is_gathered_in_part: some were gathered without the others.
+        is_apart: one of them was gathered without the others, or has been given another metadata dict, so that there is
+            no saying the same of all.
     """
 
-    __slots__ = ("_first", "context", "ids", "is_gathered_in_part", "notes", "run_function", "storage", "submitted")
+    __slots__ = ("_first", "context", "ids", "is_apart", "notes", "run_function", "storage", "submitted")
 
     def __init__(
         self,
@@ -142,7 +143,7 @@ class Submission:
         self.context = context
         self.submitted = submitted
         self.notes = notes
-        self.is_gathered_in_part = False
+        self.is_apart = False
         self._first = _number_of(self.ids[0])
 
     def find(self, job_id: str) -> int:
@@ -151,9 +152,12 @@ class Submission:
         return at if 0 <= at < len(self.ids) and self.ids[at] == job_id else self.ids.index(job_id)
 
     def notes_of(self, job_ids: Sequence[str]) -> Notes | None:
-        """Give the metadata of several jobs; None unless they are of this submission and follow one another."""
+        """Give the metadata of several jobs; None unless they are of this submission and follow one another.
+
+        None, too, if one of them may have other metadata.
+        """
         at = _number_of(job_ids[0]) - self._first
-        if at < 0 or self.ids[at : at + len(job_ids)] != job_ids:
+        if self.is_apart or at < 0 or self.ids[at : at + len(job_ids)] != job_ids:
             return None
         return self.notes.part(at, len(job_ids))
 

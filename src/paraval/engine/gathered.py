@@ -84,7 +84,7 @@ class Gathered:
         count = 0
         submissions = set(map(_submission_of, jobs))
         for submission in submissions:
-            if submission is None or submission.is_gathered_in_part or submission.notes.gathered is not None:
+            if submission is None or submission.is_apart or submission.notes.gathered is not None:
                 return False
             count += len(submission.ids)
         if count != len(jobs):
@@ -103,7 +103,7 @@ class Gathered:
                 job.metadata["timestamp_gather"] = now
         for submission in set(map(_submission_of, fresh)) if len(fresh) > 1 else [job._submission for job in fresh]:
             if submission is not None:
-                submission.is_gathered_in_part = True
+                submission.is_apart = True
         return fresh
 
     def _tell(self, fresh: list[Job]) -> None:

@@ -6,8 +6,9 @@ A child process imports this module, so it is light: no anyio, no NumPy, no msgs
 from __future__ import annotations
 
 import copy
+import itertools
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -181,7 +182,7 @@ class Job:
         """What the run-function and paraval noted beside the output."""
         metadata, submission = self._metadata, self._submission
         if metadata is None:
-            metadata = {} if submission is None else submission.notes[submission.find(self.id)]
+            metadata = {} if submission is None else submission.note_of(self.id)
             self._metadata = metadata
         return metadata
 
@@ -189,7 +190,7 @@ class Job:
     def metadata(self, metadata: dict[str, Any]) -> None:
         self._metadata = metadata
         if self._submission is not None:
-            self._submission.is_apart = True
+            self._submission.is_renoted = True
 
     @property
     def status(self) -> JobStatus:
@@ -339,21 +340,36 @@ class HPOJob(Job):
         self.output = {"objective": error.reason}
 
 
-def make_jobs(job_class: type[Job], all_args: Sequence[dict[str, Any]], submission: Submission) -> list[Job]:
-    """Make the jobs of a submission, of one of OURS, as its constructor does, in two thirds of the time."""
+def make_jobs(
+    job_class: type[Job],
+    all_args: Sequence[dict[str, Any]],
+    submission: Submission,
+    all_metadata: Sequence[dict[str, Any]] | None = None,
+) -> list[Job]:
+    """Make the jobs of a submission, of one of OURS, as its constructor does, in two thirds of the time.
+
+    Args:
+        job_class: that one.
+        all_args: of each.
+        submission: what they share.
+        all_metadata: of each; None: that of the notes of the submission.
+    """
     jobs = []
     run_function, storage, context = submission.run_function, submission.storage, submission.context
     submitted = submission.submitted
-    for job_id, args in zip(submission.ids, all_args, strict=True):
+    shares: Submission | None = submission if all_metadata is None else None
+    each: Iterable[dict[str, Any] | None] = itertools.repeat(None) if all_metadata is None else all_metadata
+    for job_id, args, metadata in zip(submission.ids, all_args, each, strict=False):
         job: Job = _new(job_class)
         job.id = job_id
         job.args = args
         job.run_function = run_function
         job.storage = storage
-        job.output = job.error = job._metadata = None
+        job._metadata = metadata
+        job.output = job.error = None
         job.context = context
         job._status = _READY
-        job._submission = submission
+        job._submission = shares
         job._submitted = submitted
         job._started = job._finished = job._gathered = job._holder = None
         jobs.append(job)

@@ -84,7 +84,9 @@ class Gathered:
         count = 0
         submissions = set(map(_submission_of, jobs))
         for submission in submissions:
-            if submission is None or submission.is_apart or submission.notes.gathered is not None:
+            if submission is None or submission.is_apart or submission.is_renoted:
+                return False
+            if submission.notes.gathered is not None:
                 return False
             count += len(submission.ids)
         if count != len(jobs):

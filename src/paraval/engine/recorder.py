@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from paraval.backends.base import Returned
@@ -104,12 +105,10 @@ class Recorder:
     def record_returned(self, group: Returned) -> None:
         """Do so for jobs of the plain class that have returned what they have as their output."""
         jobs, ids = group.jobs, group.ids
-        submission = jobs[0]._submission
-        metadata = None if submission is None else submission.notes_of(ids)
-        if metadata is None or self._writer is not None or self._notifier.callbacks:
+        if self._writer is not None or self._notifier.callbacks:
             self.record(list(jobs))
             return
-        ends = JobEnds(ids, [_DONE] * len(ids), group.values, [None] * len(ids), metadata, self._owner)
+        ends = JobEnds(ids, [_DONE] * len(ids), group.values, [None] * len(ids), _metadata_of(jobs), self._owner)
         try:
             self._storage.end_jobs(ends)
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
@@ -138,7 +137,7 @@ class Recorder:
             [job._status._value_ for job in jobs],
             [job.output if type(job) is Job else _out(job) for job in jobs],  # asking it would be another detour
             [job.error for job in jobs],
-            [job.metadata for job in jobs],
+            _metadata_of(jobs),
             self._owner,
         )
 
@@ -204,6 +203,17 @@ class Recorder:
         error = StorageError(f"the storage failed, so no result can be acknowledged: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
         self._ledger.fail(error)
+
+
+_submission_of: Final = operator.attrgetter("_submission")
+
+
+def _metadata_of(jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
+    """Give the metadata of jobs; None if it is in the dicts that they were submitted with."""
+    for submission in set(map(_submission_of, jobs)):
+        if submission is None or submission.is_renoted:
+            return [job.metadata for job in jobs]
+    return None
 
 
 def _out(job: Job) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
+from paraval.errors import BadValueError
 from paraval.storage.base import Storage, UnknownIdError
 from paraval.storage.records import JobChange, JobEnds, JobRecord, NewJobs, adopt
 from paraval.submission import Notes
@@ -61,14 +62,18 @@ class _Submitted:
             revision=self.revision + at,
         )
 
-    def has(self, ends: JobEnds, first: int) -> bool:
-        """Whether these are the ends of jobs from that number on, noted where the metadata is that they came with."""
-        at, count, whole, part = first - self.first, len(ends.ids), self.jobs.metadata, ends.metadata
-        if self.jobs.owner != ends.by or self.ids[at : at + count] != ends.ids:
+    def has(self, ends: JobEnds, first: int, at: int, count: int) -> bool:
+        """Whether so many of these ends, from a place on, are of its jobs from a number on, and are all there is."""
+        mine, metadata = first - self.first, ends.metadata
+        if self.jobs.owner != ends.by or self.ids[mine : mine + count] != ends.ids[at : at + count]:
             return False
-        if isinstance(whole, Notes):
-            return isinstance(part, Notes) and part.is_part_of(whole, at)
-        return all(map(operator.is_, part, whole[at : at + count]))
+        if metadata is None:
+            return True
+        return all(map(operator.is_, metadata[at : at + count], self.jobs.metadata[mine : mine + count]))
+
+    def came_with(self, metadata: dict[str, Any], number: int) -> bool:
+        """Whether a job came with this very dict."""
+        return self.jobs.metadata[number - self.first] is metadata
 
 
 class _Ended:
@@ -77,32 +82,33 @@ class _Ended:
     Args:
         submitted: what is known of them otherwise.
         first: the number of the first of them.
-        ends: how they ended.
+        ends: how they ended, maybe with others.
+        at: the place of the first of them there.
         before: the revision before that of the first.
     """
 
-    __slots__ = ("ends", "first", "revision", "submitted")
+    __slots__ = ("ends", "offset", "revision", "submitted")
 
-    def __init__(self, submitted: _Submitted, first: int, ends: JobEnds, before: int) -> None:
+    def __init__(self, submitted: _Submitted, first: int, ends: JobEnds, at: int, before: int) -> None:
         self.submitted = submitted
-        self.first = first
         self.ends = ends
-        self.revision = before + 1
+        self.offset = at - first
+        self.revision = before + 1 - first
 
     def id_of(self, number: int) -> str:
         """Give the id of a job."""
-        return self.ends.ids[number - self.first]
+        return self.ends.ids[number + self.offset]
 
     def revision_of(self, number: int) -> int:
         """Give the revision of a job."""
-        return self.revision + number - self.first
+        return self.revision + number
 
     def record_of(self, number: int, *, as_copy: bool = False) -> JobRecord:
         """Make the record of a job, likewise."""
         record = self.submitted.record_of(number, as_copy=as_copy)
-        at, ends = number - self.first, self.ends
+        at, ends = number + self.offset, self.ends
         record.status, record.out, record.error = ends.statuses[at], ends.outs[at], ends.errors[at]
-        record.revision = self.revision + at
+        record.revision = self.revision + number
         return record
 
 
@@ -247,31 +253,70 @@ class _Search:
                 return ids
 
     def end_jobs(self, ends: JobEnds) -> bool:
-        """End jobs; False, and nothing is changed, if they are not all of this search."""
-        if self._end_together(ends):
+        """End jobs; False, and nothing is changed, if they are not all of this search.
+
+        Raises:
+            ValueError: the columns are not of one length.
+        """
+        count = len(ends.ids)
+        if {count} != {len(column) for column in ends[:5] if column is not None}:
+            raise BadValueError("the columns of JobEnds must be of one length")
+        first = self._number_of(ends.ids[0])
+        if first is not None and self._end_together(first, ends, 0, count):  # as a rule
             return True
-        records = [self.record(job_id) for job_id in ends.ids]
-        if not all(records):
+        numbers = list(map(self._number_of, ends.ids))
+        if None in numbers:
             return False
-        self.apply(ends.changes(), cast("list[JobRecord]", records))
+        at = 0
+        while at < count:
+            run = self._run(cast("list[int]", numbers), ends, at)
+            if not run or not self._end_together(cast("int", numbers[at]), ends, at, run):
+                run = 1
+                self._end(ends, at)
+            at += run
         return True
 
-    def _end_together(self, ends: JobEnds) -> bool:
-        """End jobs that were submitted together and follow one another; False, and nothing is changed, if not so."""
-        first, count = self._number_of(ends.ids[0]), len(ends.ids)
-        if first is None or {count} != {*map(len, ends[:5])}:
-            return False
+    def _end_together(self, first: int, ends: JobEnds, at: int, count: int) -> bool:
+        """End so many jobs, of those from a place on; False, and nothing is changed, if they are not of one entry."""
         entry = self._entries[first]
-        if not isinstance(entry, _Submitted) or self._entries[first : first + count].count(entry) < count:
+        if not isinstance(entry, _Submitted) or not entry.has(ends, first, at, count):
             return False
-        if not entry.has(ends, first):
+        ids = ends.ids[at : at + count]
+        ended = [_Ended(entry, first, ends, at, self.revision)] * count
+        # Looked at when all is made, as a finalizer may have been here: then one by one.
+        if self._entries[first : first + count].count(entry) < count or ended[0].revision_of(first) <= self.revision:
             return False
-        ended = [_Ended(entry, first, ends, self.revision)] * count
-        if self._entries[first : first + count].count(entry) < count or ended[0].revision != self.revision + 1:
-            return self._end_together(ends)  # a finalizer was here
         self._entries[first : first + count] = ended
-        self._recent += ends.ids
+        self._recent += ids
         return True
+
+    def _run(self, numbers: Sequence[int], ends: JobEnds, at: int) -> int:
+        """Count how many jobs from a place on can be ended together."""
+        first, metadata = numbers[at], ends.metadata
+        entry = self._entries[first]
+        if not isinstance(entry, _Submitted) or entry.jobs.owner != ends.by:
+            return 0
+        count = 0
+        for number in numbers[at:]:
+            if number != first + count or self._entries[number] is not entry:
+                break
+            if metadata is not None and not entry.came_with(metadata[at + count], number):
+                break
+            count += 1
+        return count
+
+    def _end(self, ends: JobEnds, at: int) -> None:
+        job_id = ends.ids[at]
+        record = cast("JobRecord", self.record(job_id))
+        change = JobChange(
+            job_id,
+            status=ends.statuses[at],
+            out=ends.outs[at],
+            error=ends.errors[at],
+            metadata=record.metadata if ends.metadata is None else ends.metadata[at],
+            by=ends.by,
+        )
+        self.apply((change,), (record,))
 
     # -- the log -------------------------------------------------------------------------------------------------------
 

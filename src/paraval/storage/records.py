@@ -174,7 +174,8 @@ class JobEnds(NamedTuple):
         statuses: :class:`~paraval.JobStatus` values.
         outs: as in the records, likewise the next two.
         errors: why those that failed did.
-        metadata: all of it.
+        metadata: all of it; None, which only stores are given that keep what they are given by reference: it is in the
+            dicts that the jobs were inserted with.
         by: their owner; who is not that of a record by now does not end it.
     """
 
@@ -182,13 +183,14 @@ class JobEnds(NamedTuple):
     statuses: Sequence[int]
     outs: Sequence[Any]
     errors: Sequence[JobError | None]
-    metadata: Sequence[dict[str, Any]]
+    metadata: Sequence[dict[str, Any]] | None
     by: str
 
     def changes(self) -> list[JobChange]:
         """Make the changes of the records."""
         by = self.by
+        all_metadata = [None] * len(self.ids) if self.metadata is None else self.metadata
         return [
             JobChange(job_id, status=status, out=out, error=error, metadata=metadata, by=by)
-            for job_id, status, out, error, metadata in zip(*self[:5], strict=True)
+            for job_id, status, out, error, metadata in zip(*self[:4], all_metadata, strict=True)
         ]

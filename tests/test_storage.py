@@ -36,6 +36,7 @@ from paraval.storage import (
     memory,
 )
 from paraval.storage.records import JobEnds, NewJobs
+from paraval.submission import Notes
 from redis_server import new_prefix
 from support import METHODS, Stage, configurations, double, ids, in_threads, make, outputs, until
 
@@ -310,7 +311,7 @@ class Columns(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.storages = MemoryStorage(), OneByOne()
-        self.metadata: tuple[dict[str, dict[str, Any]], ...] = ({}, {})
+        self.metadata: tuple[dict[str, tuple[Sequence[dict[str, Any]], int]], ...] = ({}, {})
         self.counts = Counter[str]()
         self.many, memory._MANY = memory._MANY, 5  # so that its log is merged now and then
         for storage in self.storages:
@@ -325,14 +326,22 @@ class Columns(RuleBasedStateMachine):
         assert first == second
         return first
 
-    @rule(target=jobs, search_id=st.sampled_from("00001"), count=st.integers(1, 4), is_private=st.booleans())
-    def insert(self, search_id: str, count: int, is_private: bool) -> Any:
+    @rule(
+        target=jobs,
+        search_id=st.sampled_from("00001"),
+        count=st.integers(1, 6),
+        is_private=st.booleans(),
+        is_lazy=st.booleans(),
+    )
+    def insert(self, search_id: str, count: int, is_private: bool, is_lazy: bool) -> Any:
         made: list[list[str]] = []
         for storage, metadata in zip(self.storages, self.metadata, strict=True):
-            new = [{"at": number} for number in range(count)]
+            new: Sequence[dict[str, Any]] = [{"timestamp_submit": 3.0} for _ in range(count)]
+            if is_lazy and storage is self.storages[0]:
+                new = Notes(3.0, count)
             args = [{"x": number} for number in range(count)]
             made.append(storage.insert_jobs(search_id, NewJobs(args, new, "run", "me", is_private)))
-            metadata.update(zip(made[-1], new, strict=True))
+            metadata.update({job_id: (new, place) for place, job_id in enumerate(made[-1])})
         assert made[0] == made[1]
         self.counts[search_id] += count
         return multiple(*made[0])
@@ -345,14 +354,27 @@ class Columns(RuleBasedStateMachine):
     @rule(
         job_ids=st.lists(jobs, min_size=1, max_size=8, unique=True),
         by=st.sampled_from(["me", "me", "other"]),
-        is_their_own=st.booleans(),
+        given=st.sampled_from(["none", "none", "their own", "another"]),
         in_order=st.booleans(),
+        span=st.integers(0, 6),
     )
-    def end(self, job_ids: list[str], by: str, is_their_own: bool, in_order: bool) -> None:
+    def end(self, job_ids: list[str], by: str, given: str, in_order: bool, span: int) -> None:
+        if span:  # those that follow the first
+            search, first = job_ids[0].split(".")
+            job_ids = [f"{search}.{int(first) + it}" for it in range(min(span, self.counts[search] - int(first)))]
         job_ids = [job_id for job_id in job_ids if job_id[0] == job_ids[0][0]]
-        job_ids = sorted(job_ids) if in_order else job_ids
+        job_ids = sorted(job_ids, key=lambda job_id: int(job_id[2:])) if in_order else job_ids
+        if given == "none":
+            job_ids = [job_id for job_id in job_ids if job_id in self.metadata[0]]
+            if not job_ids:
+                return
         for storage, known in zip(self.storages, self.metadata, strict=True):
-            metadata = [known.get(job_id, {}) if is_their_own else {"new": 1} for job_id in job_ids]
+            metadata: list[dict[str, Any]] | None = [
+                known[job_id][0][known[job_id][1]] if given != "another" and job_id in known else {"new": 1}
+                for job_id in job_ids
+            ]
+            if given == "none" and storage is self.storages[0]:
+                metadata = None
             statuses = [2 + 2 * (number % 2) for number, _ in enumerate(job_ids)]
             errors = [JobError("cancelled", "why") if status == 4 else None for status in statuses]
             storage.end_jobs(JobEnds(job_ids, statuses, list(range(len(job_ids))), errors, metadata, by))
@@ -368,13 +390,15 @@ class Columns(RuleBasedStateMachine):
     @rule(job_id=jobs, value=st.integers(0, 3), times=st.sampled_from([1, 1, 50]))
     def change(self, job_id: str, value: int, times: int) -> None:
         self.do(lambda storage: storage.update([JobChange(job_id, status=value) for _ in range(times)]))
-        self.do(lambda storage: storage.store_job_metadata(job_id, "at", value))
+        self.do(lambda storage: storage.store_job_metadata(job_id, "noted", value))
         self.do(lambda storage: storage.store_job_intermediate(job_id, 1, value))
 
     @rule(job_id=jobs)
     def note(self, job_id: str) -> None:
         for known in self.metadata:
-            known.get(job_id, {})["noted"] = 1  # which is in the record by reference
+            if job_id in known:
+                notes, place = known[job_id]
+                notes[place]["noted"] = 1  # which is in the record by reference
 
     @rule(job_id=jobs, owner=st.sampled_from(["me", "other"]))
     def adopt(self, job_id: str, owner: str) -> None:
@@ -396,6 +420,61 @@ class Columns(RuleBasedStateMachine):
 
 TestColumns = Columns.TestCase
 TestColumns.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+class Twelve:
+    """Twelve jobs, submitted in two halves."""
+
+    def __init__(self, storage: MemoryStorage, *, is_lazy: bool) -> None:
+        self.storage = storage
+        search = storage.create_new_search()
+        self.notes: list[Sequence[dict[str, Any]]] = []
+        for _ in range(2):
+            new = Notes(3.0, 6) if is_lazy else [{"timestamp_submit": 3.0} for _ in range(6)]
+            self.notes.append(new)
+            storage.insert_jobs(search, NewJobs([{"x": number} for number in range(6)], new, "run", "me"))
+
+    def note(self, number: int) -> dict[str, Any]:
+        return self.notes[number // 6][number % 6]
+
+    def change(self, number: int, value: int) -> None:
+        self.storage.update([JobChange(f"0.{number}", status=value)])
+        if value:
+            self.storage.store_job_metadata(f"0.{number}", "by", "another")
+
+    def end(self, numbers: list[int], by: str, kind: str) -> None:
+        metadata: list[dict[str, Any]] | None = [self.note(number) for number in numbers]
+        if kind == "one is another" and metadata:
+            metadata[-1] = {"another": 1}
+        elif kind == "none" and type(self.storage) is MemoryStorage:
+            metadata = None
+        outs = [1.5 * number for number in numbers]
+        job_ids = [f"0.{number}" for number in numbers]
+        self.storage.end_jobs(JobEnds(job_ids, [2] * len(outs), outs, [None] * len(outs), metadata, by))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ends_in_columns_are_as_ends_one_by_one(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(150):
+        both = Twelve(MemoryStorage(), is_lazy=rng.random() < 0.7), Twelve(OneByOne(), is_lazy=False)
+        for _ in range(rng.randint(0, 2)):
+            number, value = rng.randrange(12), rng.randrange(3)
+            for twelve in both:
+                twelve.change(number, value)
+        for _ in range(rng.randint(1, 4)):
+            first = rng.randrange(12)
+            numbers = list(range(first, min(12, first + rng.randint(1, 8))))
+            if rng.random() < 0.3:
+                rng.shuffle(numbers)
+            by, kind = rng.choice(["me", "me", "me", "other"]), rng.choice(["none", "none", "own", "one is another"])
+            late = rng.randrange(12)
+            for twelve in both:
+                twelve.end(numbers, by, kind)
+                twelve.note(late)["late"] = first
+            since = rng.randrange(30)
+            assert both[0].storage.scan("0", since) == both[1].storage.scan("0", since)
+        assert both[0].storage.scan("0") == both[1].storage.scan("0")
 
 
 # -- many threads ------------------------------------------------------------------------------------------------------

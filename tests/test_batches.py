@@ -10,6 +10,7 @@ import random
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -134,6 +135,38 @@ def test_of_each_job_one_thing_is_said_whatever_the_guard_does_meanwhile(seed: i
                 said += 1
         assert said == begun
     assert ends == []
+
+
+class Paused(deque[Any]):
+    """A deque whose length is 1 for the guard, and by the time that the guard goes on, the last job has begun."""
+
+    main = -1
+    last_may_begin = threading.Event()
+    last_has_begun = threading.Event()
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        if length == 1 and threading.get_ident() != self.main and not self.last_may_begin.is_set():
+            self.last_may_begin.set()
+            assert self.last_has_begun.wait(10)
+        return length
+
+
+def test_a_guard_does_not_overlook_a_job_that_begins_as_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard()
+    Paused.main = threading.get_ident()
+    monkeypatch.setattr("paraval.worker.batches.deque", Paused)
+
+    def run(job_id: str, _args: Any) -> _Result:
+        if job_id == "0.0":
+            assert Paused.last_may_begin.wait(10)
+        else:
+            Paused.last_has_begun.set()
+            heard.wait_for(lambda frames: ("back", 1, 2) in [frame[:3] for frame in frames])
+        return None, job_id
+
+    batches_on(heard, run).run(1, ids(2), [{}] * 2, 0.01)
+    assert [frame[:3] for frame in heard.frames] == [("done", 1, 0), ("back", 1, 2), ("done", 1, 1)]
 
 
 # -- forks -------------------------------------------------------------------------------------------------------------

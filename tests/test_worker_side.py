@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from paraval import Evaluator, Job, ParavalError, RunningJob
+from runfunctions import Flags
 from support import outputs, run_all, run_program, until
 from workers import LOKY, errors, processes, worker_marks
 
@@ -76,6 +77,60 @@ def test_signals_do_their_part_in_a_process_that_a_job_forks(method: str) -> Non
         return [forked_and_signalled(signal.SIGTERM), forked_and_signalled(signal.SIGINT)]
 
     assert result(function, method) == [-signal.SIGTERM, 8]
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_process_that_a_job_forks_can_be_ended_from_its_first_moment_on(method: str, is_async: bool) -> None:
+    def function(job: RunningJob) -> list[int]:
+        codes = []
+        for _ in range(20):
+            if (pid := os.fork()) == 0:
+                time.sleep(5)
+                os._exit(7)
+            os.kill(pid, signal.SIGTERM)
+            codes.append(exit_code_of(pid))
+            if codes[-1] == 7:
+                break
+        return codes
+
+    async def async_function(job: RunningJob) -> list[int]:
+        return function(job)
+
+    assert result(async_function if is_async else function, method) == [-signal.SIGTERM] * 20
+
+
+def test_a_job_that_forks_leaves_the_signals_as_they_were() -> None:
+    def function(job: RunningJob) -> list[set[int]]:
+        masks = [signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})]
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.write(writer, b"1" if signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {signal.SIGUSR1} else b"0")
+            os._exit(0)
+        exit_code_of(pid)
+        masks += [{int(os.read(reader, 1))}, signal.pthread_sigmask(signal.SIG_SETMASK, masks[0])]
+        os.close(reader)
+        os.close(writer)
+        return [set(map(int, mask)) for mask in masks]
+
+    assert result(function) == [set(), {1}, {int(signal.SIGUSR1)}]
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_a_process_that_is_forked_while_the_result_is_pickled_runs_no_other_job(method: str, flags: Flags) -> None:
+    class Forking:
+        def __reduce__(self) -> Any:
+            if (pid := os.fork()) != 0:
+                exit_code_of(pid)
+            return int, (5,)
+
+    def function(job: RunningJob) -> Any:
+        flags.put(f"{job['x']}.{os.getpid()}")
+        return [Forking()] if job["x"] % 10 == 3 else job["x"]
+
+    jobs = run(function, [{"x": x} for x in range(40)], method)
+    assert [job.output for job in jobs] == [[5] if x % 10 == 3 else x for x in range(40)]
+    assert len(flags.names("")) == 40
 
 
 def test_signals_do_their_part_in_a_process_forked_by_a_thread_of_a_job() -> None:

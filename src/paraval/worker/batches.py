@@ -216,7 +216,11 @@ class Batches:
                 self._guard_wanted.acquire()
             with self._state:
                 self._guard_wanted.acquire(blocking=False)  # in case that it was released after the time had run out
-                runs = self._count - len(self._todo) > self._told + len(self._ends)
+                # In this order, and each once: the main thread goes on meanwhile. So one that has just ended may seem to
+                # run, which does no harm; but none that runs is overlooked.
+                ended = self._told + len(self._ends)
+                left = len(self._todo)
+                runs = self._count - left > ended
                 stuck = runs and monotonic() >= self._due
                 seen = self._batches
                 back: tuple[Any, ...] = ()
@@ -224,7 +228,7 @@ class Batches:
                     self._take_away()
                     back = ("back", self._number, self._count, self._starts[self._count - 1 - self._told])
                 # Decided here, under the lock, so that a batch that begins now finds it asleep, and wakes it.
-                is_idle = stuck or (not self._todo and not runs)
+                is_idle = stuck or not (left or runs)
                 looks = self._guard_looks = math.inf if is_idle else self._due
             if back and told != seen:
                 told = seen

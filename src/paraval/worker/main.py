@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["exit_fork", "main", "may_retry"]
 
 _new: Final = object.__new__
+_held: Final = _thread._local()
+"""Which signals a thread that forks had blocked before."""
 _SIGTERM: Final = int(signal.SIGTERM)
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _RUNNING: Final = JobStatus.RUNNING
@@ -52,11 +54,20 @@ def main(socket_fd: int, tray_fd: int, board_fd: int, lifeline_fd: int) -> None:
     # Ctrl-C is the driver's business. (A handler, not SIG_IGN, which programs that a job starts would inherit.)
     signal.signal(signal.SIGINT, _take_no_notice)
     worker.handle_sigterm()
-    os.register_at_fork(after_in_child=worker.disown)
+    os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=worker.disown)
     try:
         worker.serve()
     finally:
         flush_output()
+
+
+def _hold_sigterm() -> None:
+    """Before a job forks: until the child has put back what signals do, one would reach our handler, and be lost."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release_sigterm() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
 
 
 def _open_board(fd: int) -> BoardOfWorker | None:
@@ -204,6 +215,7 @@ class Worker:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is _take_no_notice:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        _release_sigterm()
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
@@ -286,10 +298,13 @@ class Worker:
         if type(value) in PLAIN:  # as a rule
             return None, value
         try:
-            return None, sendable(value)
+            value = sendable(value)
         except PicklingFailed as exc:
             error = JobError("exception", str(exc), type="PicklingError")
             return (*error, False), None
+        if not self._here[0]:
+            exit_fork(None)  # how the result is pickled is the job's, too
+        return None, value
 
     def _failed(self, exc: BaseException) -> tuple[Any, ...]:
         if not self._here[0]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("click", reason="the command line needs the extra 'cli'")
 pytest.importorskip("rich", reason="the command line needs the extra 'cli'")
 
 from paraval import Evaluator, HPOJob

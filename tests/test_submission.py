@@ -7,13 +7,14 @@ import gc
 import pickle
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from paraval import Evaluator, HPOJob, Job
 from paraval.job import JobContext, make_jobs
-from paraval.storage import JobChange, MemoryStorage, NullStorage
+from paraval.storage import JobChange, MemoryStorage, NullStorage, SharedMemoryStorage, Storage
 from paraval.storage.records import JobEnds, NewJobs
 from paraval.submission import Notes, Submission
 from runfunctions import Flags
@@ -164,6 +165,56 @@ def test_a_metadata_dict_that_was_replaced_is_the_one_that_counts(method: str, f
     assert {len(one.metadata) for one in jobs.values()} == {2}
 
 
+class Logged(MemoryStorage):
+    """One that does something of its own when records change."""
+
+    def update(self, changes: Sequence[JobChange]) -> None:
+        super().update(changes)
+
+
+@pytest.mark.parametrize("kind", [MemoryStorage, Logged, SharedMemoryStorage])
+@pytest.mark.parametrize("job_class", [Job, HPOJob])
+@pytest.mark.parametrize("count", [1, 2, 7, 20])
+def test_what_a_job_returns_is_newer_than_what_others_have_stored(
+    kind: type[Storage], job_class: type[Job], count: int
+) -> None:
+    storage = kind()
+
+    def function(job: Any) -> Any:
+        storage.store_job_metadata(job.id, "progress", "half")
+        value = {"metadata": {"progress": "finished"}}
+        return {"objective": 1.0, **value} if job_class is HPOJob else {"output": 1.0, **value}
+
+    kwargs = {"num_workers": 1, "job_class": job_class, "storage": storage}
+    with storage, Evaluator.create(function, "thread", kwargs) as evaluator:
+        evaluator.submit([{"x": number} for number in range(count)])
+        jobs = evaluator.gather("ALL")
+        records = storage.get([job.id for job in jobs])
+    assert {job.metadata["progress"] for job in jobs} == {"finished"}
+    assert {(record.metadata or {}).get("progress") for record in records} == {"finished"}
+
+
+def test_ends_of_jobs_of_two_searches_without_metadata() -> None:
+    storage = MemoryStorage()
+    (first, *_), notes = submitted(storage)
+    (*_, last), others = submitted(storage)
+    notes[0]["mine"], others[7]["mine"] = 1, 2
+    storage.end_jobs(JobEnds([first, last], [2, 2], [1.0, 2.0], [None, None], None, "me"))
+    assert [(record.out, (record.metadata or {})["mine"]) for record in storage.get([first, last])] == [
+        (1.0, 1),
+        (2.0, 2),
+    ]
+
+
+def test_a_subclass_may_set_its_metadata_before_all_else() -> None:
+    class Early(Job):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.metadata = {"early": 1}
+            super().__init__(*args, **kwargs)
+
+    assert Early("0.1", {}).metadata == {}
+
+
 def test_several_threads_that_look_find_the_same_dict() -> None:
     for _ in range(20):
         submission = submission_of(50)
@@ -210,7 +261,7 @@ def test_a_storage_that_outlives_its_evaluators_keeps_no_function_of_theirs() ->
 # -- the memory storage ------------------------------------------------------------------------------------------------
 
 
-def submitted(storage: MemoryStorage, count: int = 4) -> tuple[list[str], Notes]:
+def submitted(storage: MemoryStorage, count: int = 8) -> tuple[list[str], Notes]:
     notes = Notes(1.0, count)
     search = storage.create_new_search()
     ids = storage.insert_jobs(search, NewJobs([{"x": n} for n in range(count)], notes, "run", "me"))
@@ -222,7 +273,7 @@ def test_ends_in_columns_of_different_lengths_change_nothing() -> None:
     ids, notes = submitted(storage)
     before = storage.scan("0")
     with pytest.raises(ValueError, match="one length"):
-        storage.end_jobs(JobEnds(ids, [2] * 4, [1.0] * 3, [None] * 4, notes, "me"))
+        storage.end_jobs(JobEnds(ids, [2] * 8, [1.0] * 7, [None] * 8, notes, "me"))
     assert storage.scan("0") == before
 
 
@@ -231,8 +282,9 @@ def test_ends_after_something_has_happened_to_one(by: str) -> None:
     storage = MemoryStorage()
     ids, notes = submitted(storage)
     storage.update([JobChange(ids[2], status=1)])
-    storage.end_jobs(JobEnds(ids, [2] * 4, [0.0, 1.0, 2.0, 3.0], [None] * 4, notes, by))
-    outs = [0.0, 1.0, 2.0, 3.0] if by == "me" else [None] * 4
+    values = [float(number) for number in range(8)]
+    storage.end_jobs(JobEnds(ids, [2] * 8, values, [None] * 8, notes, by))
+    outs = values if by == "me" else [None] * 8
     assert [record.out for record in storage.get(ids)] == outs
     notes[2]["noted"] = 1
     assert storage.get([ids[2]])[0].metadata == {"timestamp_submit": 1.0, "noted": 1}

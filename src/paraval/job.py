@@ -180,17 +180,20 @@ class Job:
     @property
     def metadata(self) -> dict[str, Any]:
         """What the run-function and paraval noted beside the output."""
-        metadata, submission = self._metadata, self._submission
+        metadata = self._metadata
         if metadata is None:
-            metadata = {} if submission is None else submission.note_of(self.id)
-            self._metadata = metadata
+            made = {} if self._submission is None else self._submission.note_of(self.id)
+            if self._metadata is None:  # else another thread has given it one meanwhile
+                self._metadata = made
+            metadata = self._metadata
         return metadata
 
     @metadata.setter
     def metadata(self, metadata: dict[str, Any]) -> None:
         self._metadata = metadata
-        if self._submission is not None:
-            self._submission.is_renoted = True
+        submission: Submission | None = getattr(self, "_submission", None)  # a subclass may set it before all else
+        if submission is not None:
+            submission.is_renoted = True
 
     @property
     def status(self) -> JobStatus:
@@ -272,10 +275,11 @@ class Job:
             self._set_error(self.error or error_from_exception(exc))
 
     def __getstate__(self) -> Any:
-        self._metadata, self._gathered = self.metadata, self._gathered_at
         state: Any = object.__getstate__(self)
         own, slots = state
-        slots = {**slots, "_submission": None, "_holder": None}  # what it had to give is there
+        # What the submission has to give is taken along in its place.
+        here = {"_metadata": self.metadata, "_gathered": self._gathered_at, "_submission": None, "_holder": None}
+        slots = {**slots, **here}
         if "<" in getattr(self.run_function, "__qualname__", "<"):  # a lambda or a local function cannot be pickled
             slots = {**slots, "run_function": None}
         return own, slots

@@ -31,6 +31,8 @@ __all__ = ["Intake"]
 
 _CLOSE_S: Final = 2.0
 """How long a close waits for the storage."""
+_ENOUGH: Final = 10
+"""With fewer jobs, what they would share costs more than it spares."""
 _MANY: Final = 1_000
 """So many jobs are made without looking for garbage meanwhile: all of them stay."""
 
@@ -223,7 +225,7 @@ class Intake:
         all_args = list(map(dict, configurations))
         notes = Notes(now, len(all_args))
         is_many = len(all_args) > 1 and make in OURS
-        if is_many and self._writer is None and self._recall is None:
+        if is_many and len(all_args) >= _ENOUGH and self._writer is None and self._recall is None:
             job_ids = self._insert(NewJobs(all_args, notes, name, owner, is_private))
             return make_jobs(make, all_args, Submission(job_ids, function, storage, context, now, notes))
         all_metadata = [{"timestamp_submit": now} for _ in configurations]

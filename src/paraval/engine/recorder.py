@@ -108,7 +108,7 @@ class Recorder:
         if self._writer is not None or self._notifier.callbacks:
             self.record(list(jobs))
             return
-        ends = JobEnds(ids, [_DONE] * len(ids), group.values, [None] * len(ids), _metadata_of(jobs), self._owner)
+        ends = JobEnds(ids, [_DONE] * len(ids), group.values, [None] * len(ids), self._metadata_of(jobs), self._owner)
         try:
             self._storage.end_jobs(ends)
         except Exception as exc:  # noqa: BLE001 - a store may raise anything
@@ -137,9 +137,17 @@ class Recorder:
             [job._status._value_ for job in jobs],
             [job.output if type(job) is Job else _out(job) for job in jobs],  # asking it would be another detour
             [job.error for job in jobs],
-            _metadata_of(jobs),
+            self._metadata_of(jobs),
             self._owner,
         )
+
+    def _metadata_of(self, jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
+        """Give the metadata of jobs; None if the storage has it, in the dicts that they were submitted with."""
+        if self._storage.keeps_dicts:
+            submissions = set(map(_submission_of, jobs))
+            if not any(submission is None or submission.is_renoted for submission in submissions):
+                return None
+        return [job.metadata for job in jobs]
 
     async def drained(self) -> None:
         """Wait until all that was to be recorded so far is recorded, or cannot be."""
@@ -206,14 +214,6 @@ class Recorder:
 
 
 _submission_of: Final = operator.attrgetter("_submission")
-
-
-def _metadata_of(jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
-    """Give the metadata of jobs; None if it is in the dicts that they were submitted with."""
-    for submission in set(map(_submission_of, jobs)):
-        if submission is None or submission.is_renoted:
-            return [job.metadata for job in jobs]
-    return None
 
 
 def _out(job: Job) -> Any:

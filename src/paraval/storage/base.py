@@ -36,6 +36,11 @@ class Storage(abc.ABC):
     Such a store is in this process's memory, and answers at once; any other is called in a thread.
     """
 
+    keeps_dicts: bool = False
+    """Whether :meth:`end_jobs` may be given no metadata: the store keeps the dicts that :meth:`insert_jobs` was given,
+    and knows that what they hold at the end of a job is newer than what others have stored of it.
+    """
+
     can_travel: bool = False
     """Whether the store, pickled and sent to another process of this machine, is the same store there."""
 

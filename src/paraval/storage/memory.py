@@ -20,6 +20,8 @@ __all__ = ["MemoryStorage"]
 
 
 _MANY = 1024
+_ENOUGH: Final = 5
+"""With fewer jobs, what they would share takes more memory than it spares."""
 
 
 class _Submitted:
@@ -242,6 +244,10 @@ class _Search:
     def add_jobs(self, search_id: str, jobs: NewJobs) -> list[str]:
         """Number new jobs, and add them."""
         count = len(jobs.args)
+        if count < _ENOUGH:
+            records = jobs.records()
+            self.add(search_id, records)
+            return [record.id for record in records]
         self._make_room(count)
         while True:
             first, revision = len(self._entries), self.revision
@@ -281,12 +287,12 @@ class _Search:
         entry = self._entries[first]
         if not isinstance(entry, _Submitted) or not entry.has(ends, first, at, count):
             return False
-        ids = ends.ids[at : at + count]
+        ids, place = ends.ids[at : at + count], slice(first, first + count)
         ended = [_Ended(entry, first, ends, at, self.revision)] * count
-        # Looked at when all is made, as a finalizer may have been here: then one by one.
-        if self._entries[first : first + count].count(entry) < count or ended[0].revision_of(first) <= self.revision:
+        # Looked at when all is made, a slice too, as a finalizer may have been here: then one by one.
+        if self._entries[place].count(entry) < count or ended[0].revision_of(first) <= self.revision:
             return False
-        self._entries[first : first + count] = ended
+        self._entries[place] = ended
         self._recent += ids
         return True
 
@@ -415,6 +421,9 @@ class MemoryStorage(Storage):
             with self._lock:
                 if self._search_of(ends.ids[0]).end_jobs(ends):
                     return
+        if ends.metadata is None:
+            with self._lock:
+                ends = ends._replace(metadata=[self._find(job_id)[1].metadata or {} for job_id in ends.ids])
         super().end_jobs(ends)
 
     def get(self, job_ids: Iterable[str]) -> list[JobRecord]:
@@ -456,6 +465,11 @@ class MemoryStorage(Storage):
             if key not in values:
                 raise UnknownIdError(f"no value {key!r} in search {search_id!r}")
             return values[key]
+
+    @property
+    def keeps_dicts(self) -> bool:  # type: ignore[override] # what is derived from this may be another kind of store
+        """Whether it does; not where somebody has put something else in the places of insert and update."""
+        return self._has_its_own_ways
 
     @property
     def _has_its_own_ways(self) -> bool:

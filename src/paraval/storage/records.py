@@ -174,8 +174,8 @@ class JobEnds(NamedTuple):
         statuses: :class:`~paraval.JobStatus` values.
         outs: as in the records, likewise the next two.
         errors: why those that failed did.
-        metadata: all of it; None, which only stores are given that keep what they are given by reference: it is in the
-            dicts that the jobs were inserted with.
+        metadata: all of it; None, which only stores are given that say so (``Storage.keeps_dicts``): it is in the dicts
+            that the jobs were inserted with.
         by: their owner; who is not that of a record by now does not end it.
     """
 

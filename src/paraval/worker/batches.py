@@ -216,8 +216,8 @@ class Batches:
                 self._guard_wanted.acquire()
             with self._state:
                 self._guard_wanted.acquire(blocking=False)  # in case that it was released after the time had run out
-                # In this order, and each once: the main thread goes on meanwhile. So one that has just ended may seem to
-                # run, which does no harm; but none that runs is overlooked.
+                # In this order, each once, as the main thread goes on meanwhile: one that has just ended may seem to
+                # run, which does no harm, but none that runs is overlooked.
                 ended = self._told + len(self._ends)
                 left = len(self._todo)
                 runs = self._count - left > ended

@@ -297,13 +297,16 @@ class Worker:
             self._end_calls()
         if type(value) in PLAIN:  # as a rule
             return None, value
+        return self._pickled(value)
+
+    def _pickled(self, value: Any) -> tuple[tuple[Any, ...] | None, Any]:
         try:
             value = sendable(value)
         except PicklingFailed as exc:
             error = JobError("exception", str(exc), type="PicklingError")
             return (*error, False), None
         if not self._here[0]:
-            exit_fork(None)  # how the result is pickled is the job's, too
+            exit_fork(None)  # how it is pickled is the job's, too
         return None, value
 
     def _failed(self, exc: BaseException) -> tuple[Any, ...]:

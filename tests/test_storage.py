@@ -425,6 +425,45 @@ TestColumns = Columns.TestCase
 TestColumns.settings = settings(max_examples=60, stateful_step_count=40)
 
 
+@pytest.mark.parametrize("threshold", [1, 3, 7, 13])
+def test_revisions_stay_in_order_whatever_finalizers_do_in_the_middle(threshold: int) -> None:
+    rng = random.Random(threshold)
+    storage = MemoryStorage()
+    search_id = storage.create_new_search()
+    job_ids: list[str] = []
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            if job_ids and rng.random() < 0.7:
+                storage.store_job_metadata(rng.choice(job_ids), "noted", 1)
+            else:
+                storage.insert_jobs(search_id, NewJobs([{}] * 3, [{} for _ in range(3)], "run", "me"))
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(threshold, 2, 2)
+    try:
+        for _ in range(600):
+            garbage = [Garbage() for _ in range(4)]
+            new: list[dict[str, Any]] = [{} for _ in range(9)]
+            made = storage.insert_jobs(search_id, NewJobs([{}] * 9, new, "run", "me"))
+            job_ids += made
+            del garbage
+            first, last = rng.randrange(3), rng.randrange(4, 9)
+            ended = made[first:last]
+            count = len(ended)
+            metadata = rng.choice([None, new[first:last]])
+            storage.end_jobs(JobEnds(ended, [2] * count, [1] * count, [None] * count, metadata, "me"))
+    finally:
+        gc.set_threshold(*thresholds)
+    records, revision = storage.scan(search_id)
+    revisions = [record.revision for record in records]
+    assert revisions == sorted(set(revisions))
+    assert revision == revisions[-1]
+
+
 class Twelve:
     """Twelve jobs, submitted in two halves."""
 

@@ -158,17 +158,14 @@ class _Search:
 
     def record(self, job_id: str) -> JobRecord | None:
         """Give the record of a job, to be changed; None if there is no such job."""
-        try:
-            number = int(job_id.rpartition(".")[2])
-            entry = self._entries[number]
-        except (ValueError, IndexError):
+        number = self._number_of(job_id)
+        if number is None:
             return None
-        if isinstance(entry, JobRecord):
-            return entry if entry.id == job_id else None  # as "0.-1" and "0.007" are of none
-        if number < 0 or entry.id_of(number) != job_id:
-            return None
-        self._entries[number] = record = entry.record_of(number)
-        return record
+        while not isinstance(entry := self._entries[number], JobRecord):
+            record = entry.record_of(number)
+            if self._entries[number] is entry:  # else a finalizer was here
+                self._entries[number] = record
+        return entry
 
     def copy(self, job_id: str) -> JobRecord | None:
         """Give the record of a job as it is now, to whoever may change what they get; None if there is no such job."""
@@ -189,6 +186,7 @@ class _Search:
         """Give the number of a job; None if there is no such job."""
         try:
             number = _number_of(job_id)
+            # "0.-1" and "0.007" are of none.
             return number if number >= 0 and self._id_of(number) == job_id else None
         except (ValueError, IndexError):
             return None
@@ -253,7 +251,8 @@ class _Search:
             first, revision = len(self._entries), self.revision
             ids = [f"{search_id}.{number}" for number in range(first, first + count)]
             entries = [_Submitted(first, ids, jobs, revision)] * count
-            if (len(self._entries), self.revision) == (first, revision):  # else a finalizer was here
+            # Nothing is made by this look, as a finalizer might come after it; if one was here before, once more.
+            if len(self._entries) == first and self.revision == revision:
                 self._entries += entries
                 self._recent += ids
                 return ids

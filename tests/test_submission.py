@@ -268,6 +268,18 @@ def submitted(storage: MemoryStorage, count: int = 8) -> tuple[list[str], Notes]
     return ids, notes
 
 
+@pytest.mark.parametrize("is_lazy", [True, False])
+def test_what_the_storage_gives_is_a_copy(is_lazy: bool) -> None:
+    storage = MemoryStorage()
+    new: Sequence[dict[str, Any]] = Notes(1.0, 8) if is_lazy else [{"timestamp_submit": 1.0} for _ in range(8)]
+    ids = storage.insert_jobs(storage.create_new_search(), NewJobs([{"x": n} for n in range(8)], new, "run", "me"))
+    storage.end_jobs(JobEnds(ids[:4], [2] * 4, [1.0] * 4, [None] * 4, None, "me"))
+    for record in storage.get(ids):
+        assert record.metadata is not None
+        record.metadata["changed"] = 1
+    assert [record.metadata for record in storage.get(ids)] == list(new) == [{"timestamp_submit": 1.0}] * 8
+
+
 def test_ends_in_columns_of_different_lengths_change_nothing() -> None:
     storage = MemoryStorage()
     ids, notes = submitted(storage)

@@ -5,15 +5,16 @@ The evaluator's process alone imports this; a worker process has no such jobs.
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 if TYPE_CHECKING:
-    from paraval.job import JobContext
+    from paraval.job import Job, JobContext
     from paraval.storage import Storage
 
-__all__ = ["Notes", "Submission"]
+__all__ = ["Notes", "Submission", "submissions_of"]
 
 
 class Notes(Sequence[dict[str, Any]]):
@@ -136,3 +137,11 @@ class Submission:
         except (ValueError, IndexError):
             place = ids.index(job_id)
         return self.notes.at(place)
+
+
+_submission_of = operator.attrgetter("_submission")
+
+
+def submissions_of(jobs: Iterable[Job]) -> set[Submission | None]:
+    """Give the submissions of jobs; None for those that share nothing."""
+    return set(map(_submission_of, jobs))

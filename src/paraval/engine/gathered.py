@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import threading
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ from paraval.job import Job
 from paraval.loops import call_in_common_thread
 from paraval.storage import JobChange
 from paraval.storage.writer import Writer
+from paraval.submission import Submission, submissions_of
 
 __all__ = ["Gathered"]
 
@@ -81,17 +81,16 @@ class Gathered:
     @staticmethod
     def _stamp_together(jobs: list[Job], now: float) -> bool:
         """Stamp jobs that are all that were submitted with them; False, and nothing is stamped, if not so."""
-        count = 0
-        submissions = set(map(_submission_of, jobs))
-        for submission in submissions:
+        whole: list[Submission] = []
+        for submission in submissions_of(jobs):
             if submission is None or submission.is_apart or submission.is_renoted:
                 return False
             if submission.notes.gathered is not None:
                 return False
-            count += len(submission.ids)
-        if count != len(jobs):
+            whole.append(submission)
+        if sum(len(submission.ids) for submission in whole) != len(jobs):
             return False
-        for submission in submissions:
+        for submission in whole:
             submission.notes.note_gathered(now)
         return True
 
@@ -103,7 +102,7 @@ class Gathered:
                 self.restored.add(job.id)  # they are as many as the records that others have made
             else:
                 job.metadata["timestamp_gather"] = now
-        for submission in set(map(_submission_of, fresh)) if len(fresh) > 1 else [job._submission for job in fresh]:
+        for submission in submissions_of(fresh):
             if submission is not None:
                 submission.is_apart = True
         return fresh
@@ -113,9 +112,6 @@ class Gathered:
             self._writer.put_later_made(functools.partial(_notes_of, fresh, self._owner))
         if self._notifier.callbacks:
             self._notifier.call("on_gather", fresh, [])
-
-
-_submission_of = operator.attrgetter("_submission")
 
 
 def _notes_of(gathered: list[Job], owner: str) -> list[JobChange]:

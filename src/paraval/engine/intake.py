@@ -223,16 +223,12 @@ class Intake:
         make, storage, context, function = self.job_class, self._storage, self._context, self._function
         name, owner, now = self._function_name, self._owner, self._clock()
         all_args = list(map(dict, configurations))
-        notes = Notes(now, len(all_args))
-        is_many = len(all_args) > 1 and make in OURS
-        if is_many and len(all_args) >= _ENOUGH and self._writer is None and self._recall is None:
+        if len(all_args) >= _ENOUGH and make in OURS and self._writer is None and self._recall is None:
+            notes = Notes(now, len(all_args))
             job_ids = self._insert(NewJobs(all_args, notes, name, owner, is_private))
             return make_jobs(make, all_args, Submission(job_ids, function, storage, context, now, notes))
         all_metadata = [{"timestamp_submit": now} for _ in configurations]
         job_ids = self._insert(NewJobs(all_args, all_metadata, name, owner, is_private))
-        if is_many:
-            shared = Submission(job_ids, function, storage, context, now, notes)
-            return make_jobs(make, all_args, shared, all_metadata)
         jobs = []
         try:
             for job_id, args, metadata in zip(job_ids, all_args, all_metadata, strict=True):

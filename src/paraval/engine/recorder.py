@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from paraval.outcome import JobError, Outcome, error_from_exception
 from paraval.storage import JobChange, JobRecord, Storage, UnstorableError
 from paraval.storage.records import JobEnds
 from paraval.storage.writer import RobbedError, Writer
+from paraval.submission import submissions_of
 
 __all__ = ["Recorder"]
 
@@ -144,7 +144,7 @@ class Recorder:
     def _metadata_of(self, jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
         """Give the metadata of jobs; None if the storage has it, in the dicts that they were submitted with."""
         if self._storage.keeps_dicts:
-            submissions = set(map(_submission_of, jobs))
+            submissions = submissions_of(jobs)
             if not any(submission is None or submission.is_renoted for submission in submissions):
                 return None
         return [job.metadata for job in jobs]
@@ -211,9 +211,6 @@ class Recorder:
         error = StorageError(f"the storage failed, so no result can be acknowledged: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
         self._ledger.fail(error)
-
-
-_submission_of: Final = operator.attrgetter("_submission")
 
 
 def _out(job: Job) -> Any:

@@ -53,11 +53,17 @@ class _Submitted:
     def record_of(self, number: int, *, as_copy: bool = False) -> JobRecord:
         """Make the record of a job; a copy has its metadata in a dict of its own."""
         at = number - self.first
-        args, metadata, function, owner, is_private = self.jobs
+        args, all_metadata, function, owner, is_private = self.jobs
+        if not as_copy:
+            metadata = all_metadata[at]
+        elif isinstance(all_metadata, Notes):  # which need not keep one for that
+            metadata = all_metadata.copy_of(at)
+        else:
+            metadata = dict(all_metadata[at])
         return JobRecord(
             self.ids[at],
             args=(args[at],),
-            metadata=metadata.copy_of(at) if as_copy and isinstance(metadata, Notes) else metadata[at],
+            metadata=metadata,
             function=function,
             owner=owner,
             is_private=is_private,

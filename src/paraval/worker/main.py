@@ -227,7 +227,6 @@ class Worker:
             faulthandler.enable()  # a crash shows where it was
         self._batches.origin = setup.origin
         self._context = JobContext(origin=setup.origin, kill_grace=setup.kill_grace, memory_limit=setup.memory_limit)
-        self._is_async = setup.is_async
         function, kwargs, self._stopper, initializer = pickle.loads(setup.program)  # noqa: S301 - our parent's
         self._function = functools.partial(function, **kwargs) if kwargs else function
         if setup.is_async:

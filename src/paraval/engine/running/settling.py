@@ -109,9 +109,8 @@ class Settling:
             return False
         for group in groups:
             still_open = list(map(self.open.pop, group.ids, repeat(None)))
-            if set(map(type, still_open)) == {Job} and not any(
-                map(_is_dict, set(map(type, group.values)))
-            ):  # as a rule
+            has_dicts = any(issubclass(kind, dict) for kind in set(map(type, group.values)))
+            if set(map(type, still_open)) == {Job} and not has_dicts:  # as a rule
                 for job, value, started, finished in zip(
                     group.jobs, group.values, group.starts, group.ends, strict=True
                 ):
@@ -169,10 +168,6 @@ class Settling:
         job._holder = None
         self._try_again(job, pause)
         return True
-
-
-def _is_dict(kind: type) -> bool:
-    return issubclass(kind, dict)
 
 
 def _one_by_one(reports: Sequence[Ended | Returned]) -> Iterator[Ended]:

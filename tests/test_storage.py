@@ -446,11 +446,13 @@ def test_revisions_stay_in_order_whatever_finalizers_do_in_the_middle(threshold:
     gc.set_threshold(threshold, 2, 2)
     try:
         for _ in range(600):
-            garbage = [Garbage() for _ in range(4)]
+            for _ in range(3):
+                Garbage()
             new: list[dict[str, Any]] = [{} for _ in range(9)]
             made = storage.insert_jobs(search_id, NewJobs([{}] * 9, new, "run", "me"))
             job_ids += made
-            del garbage
+            for _ in range(2):
+                Garbage()
             first, last = rng.randrange(3), rng.randrange(4, 9)
             ended = made[first:last]
             count = len(ended)
@@ -458,6 +460,7 @@ def test_revisions_stay_in_order_whatever_finalizers_do_in_the_middle(threshold:
             storage.end_jobs(JobEnds(ended, [2] * count, [1] * count, [None] * count, metadata, "me"))
     finally:
         gc.set_threshold(*thresholds)
+    gc.collect()  # none of them shall come in the middle of the scan
     records, revision = storage.scan(search_id)
     revisions = [record.revision for record in records]
     assert revisions == sorted(set(revisions))

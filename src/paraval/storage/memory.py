@@ -335,9 +335,14 @@ class _Search:
         self._most_recent = 4 * (len(self._entries) + more) + _MANY  # so that merging costs little for each change
 
     def _merge(self) -> None:
-        self._settled = self.changed_since(0)
-        self._settled_at = list(map(self._revision_of, self._settled))
-        self._before, self._recent = self.revision, []
+        while True:
+            revision, recent = self.revision, list[str]()
+            settled = self.changed_since(0)
+            settled_at = list(map(self._revision_of, settled))
+            if self.revision == revision:  # else a finalizer was here, and what it changed would be missing
+                break
+        self._settled, self._settled_at = settled, settled_at
+        self._before, self._recent = revision, recent
 
     def _revision_of(self, job_id: str) -> int:
         number = _number_of(job_id)
@@ -438,8 +443,9 @@ class MemoryStorage(Storage):
     def scan(self, search_id: str, since: int = 0) -> tuple[list[JobRecord], int]:
         with self._lock:
             search = self._search(search_id)
+            revision = search.revision  # before, so that what a finalizer changes meanwhile is given next time
             copies = map(search.copy, search.changed_since(since))
-            return cast("list[JobRecord]", list(copies)), search.revision
+            return cast("list[JobRecord]", list(copies)), revision
 
     def renew(self, owner: str, seconds: float) -> None:
         with self._lock:

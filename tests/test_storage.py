@@ -425,46 +425,60 @@ TestColumns = Columns.TestCase
 TestColumns.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-@pytest.mark.parametrize("threshold", [1, 3, 7, 13])
-def test_revisions_stay_in_order_whatever_finalizers_do_in_the_middle(threshold: int) -> None:
-    rng = random.Random(threshold)
-    storage = MemoryStorage()
-    search_id = storage.create_new_search()
-    job_ids: list[str] = []
-
-    class Garbage:
-        def __init__(self) -> None:
-            self.itself = self
-
-        def __del__(self) -> None:
-            if job_ids and rng.random() < 0.7:
-                storage.store_job_metadata(rng.choice(job_ids), "noted", 1)
-            else:
-                storage.insert_jobs(search_id, NewJobs([{}] * 3, [{} for _ in range(3)], "run", "me"))
-
+@pytest.mark.parametrize("seeds", [range(5), range(5, 10), range(35, 40)], ids=str)
+def test_revisions_stay_in_order_whatever_finalizers_do_in_the_middle(seeds: range) -> None:
     thresholds = gc.get_threshold()
-    gc.set_threshold(threshold, 2, 2)
-    try:
-        for _ in range(600):
-            for _ in range(3):
-                Garbage()
-            new: list[dict[str, Any]] = [{} for _ in range(9)]
-            made = storage.insert_jobs(search_id, NewJobs([{}] * 9, new, "run", "me"))
-            job_ids += made
-            for _ in range(2):
-                Garbage()
-            first, last = rng.randrange(3), rng.randrange(4, 9)
-            ended = made[first:last]
-            count = len(ended)
-            metadata = rng.choice([None, new[first:last]])
-            storage.end_jobs(JobEnds(ended, [2] * count, [1] * count, [None] * count, metadata, "me"))
-    finally:
-        gc.set_threshold(*thresholds)
-    gc.collect()  # none of them shall come in the middle of the scan
-    records, revision = storage.scan(search_id)
-    revisions = [record.revision for record in records]
-    assert revisions == sorted(set(revisions))
-    assert revision == revisions[-1]
+    for seed in seeds:
+        gc.set_threshold(random.Random(seed).choice([1, 3, 7, 13, 29]), 2, 2)
+        try:
+            storage = changed_by_finalizers(random.Random(seed))
+        finally:
+            gc.set_threshold(*thresholds)
+        gc.collect()  # none of them shall come in the middle of the scan
+        records, revision = storage.scan("0")
+        revisions = [record.revision for record in records]
+        assert revisions == sorted(set(revisions)), seed
+        assert revision == revisions[-1]
+
+
+class Meddler:
+    """Garbage that changes the storage when it is finalized."""
+
+    def __init__(self, storage: MemoryStorage, rng: random.Random, job_ids: list[str]) -> None:
+        self.itself, self.storage, self.rng, self.job_ids = self, storage, rng, job_ids
+
+    def __del__(self) -> None:
+        storage, job_ids = self.storage, self.job_ids
+        kind = self.rng.randrange(4) if job_ids else -1
+        if kind == 0:
+            storage.store_job_metadata(self.rng.choice(job_ids), "noted", 1)
+        elif kind == 1:
+            storage.store_job(self.rng.choice(job_ids), "extra", 1)
+        elif kind == 2:
+            storage.scan("0", self.rng.randrange(9))
+        elif kind == 3:
+            job_ids += storage.insert_jobs("0", NewJobs([{}] * 3, [{}, {}, {}], "run", "me"))
+
+
+def changed_by_finalizers(rng: random.Random) -> MemoryStorage:
+    storage = MemoryStorage()
+    storage.create_new_search()
+    job_ids: list[str] = []
+    for _ in range(60):
+        for _ in range(3):
+            Meddler(storage, rng, job_ids)
+        made = storage.insert_jobs("0", NewJobs([{"x": it} for it in range(9)], [{} for _ in range(9)], "run", "me"))
+        job_ids += made
+        for _ in range(2):
+            Meddler(storage, rng, job_ids)
+        some = made[rng.randrange(3) : rng.randrange(4, 9)]
+        count, kind = len(some), rng.randrange(3)
+        if kind == 2:
+            storage.update([JobChange(job_id, status=1) for job_id in some])
+        else:
+            metadata: list[dict[str, Any]] | None = [{"own": 1} for _ in some] if kind else None
+            storage.end_jobs(JobEnds(some, [2] * count, list(range(count)), [None] * count, metadata, "me"))
+    return storage
 
 
 class Twelve:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import os
@@ -124,8 +125,8 @@ def test_of_each_job_one_thing_is_said_whatever_the_guard_does_meanwhile(seed: i
         last = -math.inf
         for _, _, at, times, errors, values in [frame for frame in heard.frames if frame[:2] == ("done", number)]:
             assert at == said
-            both = struct.unpack(f"{2 * len(values)}d", times)
-            for place, (started, ended) in enumerate(zip(both[: len(values)], both[len(values) :], strict=True)):
+            moments = struct.unpack(f"{len(values) + 1}d", times)
+            for place, (started, ended) in enumerate(itertools.pairwise(moments)):
                 job_id, args = f"0.{said}", all_args[said]
                 assert values[place] == (job_id if args["returns"] else None)
                 assert errors.get(place) == (None if args["returns"] else (job_id,))

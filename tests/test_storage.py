@@ -33,8 +33,8 @@ from paraval.storage import (
     SqliteStorage,
     Storage,
     UnknownIdError,
-    memory,
 )
+from paraval.storage.memory import search as search_in_memory
 from paraval.storage.records import JobEnds, NewJobs
 from paraval.submission import Notes
 from redis_server import new_prefix
@@ -316,12 +316,12 @@ class Columns(RuleBasedStateMachine):
         self.storages = MemoryStorage(), OneByOne()
         self.metadata: tuple[dict[str, tuple[Sequence[dict[str, Any]], int]], ...] = ({}, {})
         self.counts = Counter[str]()
-        self.many, memory._MANY = memory._MANY, 5  # so that its log is merged now and then
+        self.many, search_in_memory._MANY = search_in_memory._MANY, 5  # so that its log is merged now and then
         for storage in self.storages:
             assert [storage.create_new_search(), storage.create_new_search()] == ["0", "1"]
 
     def teardown(self) -> None:
-        memory._MANY = self.many
+        search_in_memory._MANY = self.many
 
     def do(self, action: Callable[[Storage], object]) -> Any:
         """Do it with both, and give what both give."""

@@ -168,7 +168,7 @@ class Batches:
             count = len(self._ends)
             if count:
                 told = self._told
-                times = struct.pack(f"{2 * count}d", *self._starts[:count], *self._ends[:count])
+                times = struct.pack(f"{count + 1}d", self._starts[0], *self._ends[:count])
                 # A copy first, as the main thread may add one meanwhile.
                 errors = {place - told: error for place, error in list(self._errors.items()) if place - told < count}
                 # Under the lock: outcomes must not overtake a "back".

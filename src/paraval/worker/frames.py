@@ -10,9 +10,9 @@ parent   ``("setup", Setup)``              once, first
          ``("reply", error, value)``       to a call; both sealed
          ``("stop",)``                     the job shall: for one that has made something else of SIGTERM
 child    ``("ready", bytes)``               the setup is done; the memory held then, where it is limited
-         ``("done", n, at, times,          what became of jobs of message n, of those from place ``at`` on: when they
-         errors, values)``                 began, then when they ended (doubles); the errors, by their place among
-                                           these; what they returned
+         ``("done", n, at, times,          what became of jobs of message n, of those from place ``at`` on: when the
+         errors, values)``                 first began, then when each ended, which is when the next one began
+                                           (doubles); the errors, by their place among these; what they returned
          ``("back", n, at, started)``      those of message n from ``at`` on were never begun, send them elsewhere;
                                            since when the one before them keeps the worker busy, or None
          ``("begun", n)``                  it has this message from the socket, and will look at the tray next

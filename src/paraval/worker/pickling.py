@@ -65,7 +65,7 @@ def are_plain_dicts(values: Sequence[Any]) -> bool:
         {dict}.issuperset(map(type, values))
         and max(map(len, values), default=0) <= _MANY
         and PLAIN.issuperset(map(type, itertools.chain.from_iterable(values)))
-        and PLAIN.issuperset(map(type, itertools.chain.from_iterable([value.values() for value in values])))
+        and PLAIN.issuperset(map(type, itertools.chain.from_iterable(map(dict.values, values))))
     )
 
 

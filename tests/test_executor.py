@@ -14,6 +14,7 @@ from concurrent import futures
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -575,6 +576,39 @@ def test_an_exit_code_that_could_mean_anything_fails_its_job_at_last(flags: Flag
     assert job.error is not None
     assert (job.error.kind, job.error.exit_code, job.error.attempts) == ("worker_died", 255, 1)
     assert flags.text("count-runs") == "3"
+
+
+class HidesCodes(ProcessPoolExecutor):
+    """Does not say how its process has ended, as if the fork server had died before it could."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def hide(_future: Future[Any]) -> None:
+            ended: Any = {pid: SimpleNamespace(pid=pid, exitcode=None, _popen=popen) for pid in self._processes}
+            self._processes = ended
+
+        popen = SimpleNamespace(returncode=None)
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(hide)
+        return future
+
+
+def test_a_job_of_whose_process_nobody_can_tell_the_end_is_run_again(
+    flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paraval.backends.futures._CODES_S", 0.05)
+
+    def function(job: RunningJob) -> Any:
+        flags.count("runs")
+        os._exit(7)
+
+    def pool() -> ProcessPoolExecutor:
+        kind = ProcessPoolExecutor if flags.up("count-runs") else HidesCodes
+        return kind(1, mp_context=multiprocessing.get_context("forkserver"))
+
+    (job,) = run(function, pool, configurations(1))
+    assert job.error is not None
+    assert (job.error.kind, job.error.exit_code, job.error.attempts) == ("worker_died", 7, 1)
+    assert flags.text("count-runs") == "2"
 
 
 class LosesCalls(ProcessPoolExecutor):

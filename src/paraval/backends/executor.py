@@ -49,7 +49,8 @@ _SMALL: Final = 1 << 14
 _SUPERVISION_S: Final = 0.5
 _UNKNOWN: Final = 255
 """The exit code of a process whose own cannot be had any more: multiprocessing's fork server tells it once, and two
-threads asked; or the server has died. (Or the job has ended its process with this very code.)"""
+threads asked; or the server has died. (Or the job has ended its process with this very code.) None may come of that,
+too."""
 _EXCUSES: Final = 2
 """How often a job is run again though it was alone when its process died, as it may not be to blame."""
 _LOOK_S: Final = 0.05
@@ -328,7 +329,8 @@ class RemoteSlot(ExecutorSlot):
         # Without a pid it was no process of ours; without a board nobody can say.
         had_begun = self._board.current is not None or error.pid is None or self._board.lack is not None
         is_lost = isinstance(death, CallLostError) and self._shared.replaces
-        may_be_innocent = is_lost or error.exit_code == _UNKNOWN or not had_begun
+        is_unknown = error.pid is not None and error.signal is None and error.exit_code in {None, _UNKNOWN}
+        may_be_innocent = is_lost or is_unknown or not had_begun
         is_excused = may_be_innocent and max(times.values()) < _EXCUSES
         for job_id in job_ids:
             suspects[job_id] = times[job_id] + is_excused

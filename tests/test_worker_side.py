@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import functools
+import io
 import os
 import signal
 import subprocess
@@ -269,6 +270,34 @@ def test_what_one_coroutine_does_with_sigterm_is_not_left_to_the_next() -> None:
     assert second.metadata["returned"] == ["saved"]
 
 
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_an_alarm_that_a_job_has_left_set_hits_no_other(method: str) -> None:
+    def function(job: RunningJob) -> int:
+        if job["x"] == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            time.sleep(0.3)  # it works for longer
+        return os.getpid()
+
+    jobs = run(function, [{"x": x} for x in range(2)], method, batching=False)
+    assert errors(jobs) == []
+    assert len(set(outputs(jobs))) == 1
+
+
+def test_an_alarm_of_the_set_up_stays(flags: Flags) -> None:
+    def set_up() -> None:
+        signal.signal(signal.SIGALRM, lambda *_: flags.put(f"rang in {current[0]}"))
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+
+    current = [-1]
+
+    def function(job: RunningJob) -> None:
+        current[0] = job["x"]
+        flags.wait(f"rang in {job['x']}")
+
+    assert errors(run(function, [{"x": x} for x in range(2)], batching=False, initializer=set_up)) == []
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +330,108 @@ def test_a_line_that_has_not_ended_survives_a_crash(stream: str) -> None:
 
     [job] = run(function, [{}], capture_output=True)
     assert (job.stdout + job.stderr).strip() == "epoch 1"
+
+
+def close_descriptors() -> None:
+    os.close(1)
+    os.close(2)
+
+
+def close_streams() -> None:
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+def close_all() -> None:
+    close_streams()
+    close_descriptors()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            stream.close()
+
+
+def lose_streams() -> None:
+    del sys.stdout, sys.stderr
+
+
+def forget_wrappers() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        io.TextIOWrapper(stream.buffer)  # closes what it was made of when it is collected, which is now
+
+
+def forget_files() -> None:
+    for fd in (1, 2):
+        os.fdopen(fd, "wb").close()
+
+
+def detach_and_close() -> None:
+    for name in ("stdout", "stderr"):
+        wrapper = io.TextIOWrapper(getattr(sys, name).detach())
+        setattr(sys, name, wrapper)
+        wrapper.close()
+
+
+def put_another_file_there() -> None:
+    for fd in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+@pytest.mark.parametrize("capture", [False, True], ids=["passed on", "captured"])
+@pytest.mark.parametrize(
+    "close",
+    [
+        close_descriptors,
+        close_streams,
+        close_all,
+        lose_streams,
+        forget_wrappers,
+        forget_files,
+        detach_and_close,
+        put_another_file_there,
+    ],
+)
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_a_job_that_closes_the_output_closes_it_to_no_other(
+    method: str, close: Callable[[], None], capture: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def function(job: RunningJob) -> int:
+        if job["x"] in {1, 3}:
+            close()
+            return os.getpid()
+        print("out")
+        print("err", file=sys.stderr)
+        print("underscored", file=sys.__stdout__)
+        os.write(1, b"descriptor")
+        return os.getpid()
+
+    jobs = run(function, [{"x": x} for x in range(5)], method, batching=False, capture_output=capture)
+    assert errors(jobs) == []
+    assert len(set(outputs(jobs))) == 1  # it is the same worker
+    said = [(jobs[x].stdout, jobs[x].stderr) for x in (0, 2, 4)] if capture else [tuple(capfd.readouterr())]
+    for stdout, stderr in said:
+        assert stdout.count("out") == stdout.count("underscored") == stdout.count("descriptor") == 3 // len(said)
+        assert stderr.count("err") == 3 // len(said)
+
+
+def test_what_a_job_puts_in_the_place_of_the_output_stays() -> None:
+    def function(job: RunningJob) -> Any:
+        if job["x"] == 0:
+            sys.stdout = io.StringIO()
+        print(job["x"], end=" ")
+        return sys.stdout.getvalue() if isinstance(sys.stdout, io.StringIO) else None
+
+    assert outputs(run(function, [{"x": x} for x in range(3)], batching=False)) == ["0 ", "0 1 ", "0 1 2 "]
+
+
+def test_of_tiny_jobs_that_find_the_output_closed_one_fails() -> None:
+    def function(job: RunningJob) -> None:
+        if job["x"] == 3:
+            sys.stdout.close()
+        if job["x"] > 3:
+            print(end="")
+
+    jobs = run(function, [{"x": x} for x in range(20)], batching=20)
+    assert [job.args["x"] for job in jobs if job.failed] == [4]
 
 
 # -- event loops -------------------------------------------------------------------------------------------------------

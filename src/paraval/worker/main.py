@@ -25,7 +25,7 @@ from paraval.outcome import JobError, error_from_exception
 from paraval.worker.batches import Batches
 from paraval.worker.forks import mark_of_this_process
 from paraval.worker.frames import HEAD, MESSAGE, Sealed, Setup, Wire, sendable
-from paraval.worker.output import flush_output, unbuffer_output
+from paraval.worker.output import StandardStreams, flush_output, unbuffer_output
 from paraval.worker.pickling import PLAIN, PicklingFailed, dumps
 
 if TYPE_CHECKING:
@@ -178,6 +178,13 @@ class Worker:
             self._expects_more = more and self._has_tray
             if self._batches.run(self._seen, job_ids, all_args, hold_s):
                 self._waits_to_be_told = True  # it shall not go on by itself
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Undo what jobs have left behind that would hit another: output that is closed, an alarm that is set."""
+        self._streams.restore()
+        if not self._has_alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def _own_memory(self) -> int:
         if self._context.memory_limit == math.inf:
@@ -236,6 +243,8 @@ class Worker:
         self._retry_on = pickle.loads(setup.retry_on) if setup.retry_on else ()  # noqa: S301 - likewise
         if initializer is not None:
             initializer()
+        self._streams = StandardStreams()
+        self._has_alarm = signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0)  # of the set-up, for all jobs
 
     def _next(self) -> Any:
         """Give the next jobs: from the tray, or else those that come; None when there are no more."""
@@ -311,6 +320,7 @@ class Worker:
     def _failed(self, exc: BaseException) -> tuple[Any, ...]:
         if not self._here[0]:
             exit_fork(exc)
+        self._streams.restore()  # it may be what it failed of, and the next one need not
         was_asked = self._live is not None and self._live._state is JobStatus.CANCELLING
         self._end_calls()
         error = error_from_exception(exc)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 from typing import Any, Final
 
-__all__ = ["flush_output", "unbuffer_output"]
+__all__ = ["StandardStreams", "flush_output", "unbuffer_output"]
 
 _IONBF: Final = 2
 """C's name for a stream without a buffer."""
@@ -27,8 +29,7 @@ def unbuffer_output() -> None:
         stream: Any = getattr(sys, name)
         stream.reconfigure(line_buffering=True)  # who has it already may go on with it
         # A file object of its own, as in a worker of loky's the first was opened on what was another file then.
-        file = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115 - open for the whole life
-        setattr(sys, name, _Unbuffered(file, encoding=stream.encoding, errors=stream.errors))
+        setattr(sys, name, _text_on(_Unbuffered, stream.fileno(), stream.encoding, stream.errors))
     try:
         import ctypes  # here: few workers need it
 
@@ -39,10 +40,66 @@ def unbuffer_output() -> None:
         return
 
 
+def _text_on(kind: type[io.TextIOWrapper], fd: int, encoding: str | None, errors: str | None) -> io.TextIOWrapper:
+    file = open(fd, "wb", closefd=False)  # noqa: SIM115 - open for the whole life
+    return kind(file, encoding=encoding, errors=errors, line_buffering=True)
+
+
+class StandardStreams:
+    """Standard output and error, as they are when this is made: what a job has closed, the next one shall find open.
+
+    It may happen to a job that knows nothing of it: a file object that it opened on the descriptor is collected.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors = []
+        self._streams = []
+        for fd in (1, 2):
+            with contextlib.suppress(OSError):  # it is closed, or no more files may be opened
+                self._descriptors.append((fd, os.dup(fd), _identity(fd)))
+        for fd, name in ((1, "stdout"), (1, "__stdout__"), (2, "stderr"), (2, "__stderr__")):
+            stream = getattr(sys, name, None)
+            if not _is_closed(stream):
+                encoding, errors = getattr(stream, "encoding", None), getattr(stream, "errors", None)
+                self._streams.append((name, fd, stream, encoding, errors))
+
+    def restore(self) -> None:
+        """Put back what is closed, or gone. What a job has put in the place of a stream stays, if it is open."""
+        for fd, kept, is_what in self._descriptors:
+            if _identity(fd) != is_what and _identity(kept) == is_what:  # else a job has closed that, too
+                os.dup2(kept, fd)
+        for at, (name, fd, stream, encoding, errors) in enumerate(self._streams):
+            if not _is_closed(getattr(sys, name, None)):
+                continue
+            if _is_closed(stream):
+                kind = _Unbuffered if isinstance(stream, _Unbuffered) else io.TextIOWrapper
+                new = _text_on(kind, fd, encoding, errors)
+                same = [(*one[:2], new, *one[3:]) if one[2] is stream else one for one in self._streams[at:]]
+                self._streams[at:] = same  # sys.stdout and sys.__stdout__ may be one object
+            setattr(sys, name, self._streams[at][2])
+
+
+def _identity(fd: int) -> tuple[int, int] | None:
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _is_closed(stream: Any) -> bool:
+    try:
+        return stream is None or bool(stream.closed)
+    except ValueError:  # its buffer was detached
+        return True
+    except Exception:  # noqa: BLE001 - an object of somebody's own
+        return False
+
+
 def flush_output() -> None:
     """Have what was printed go out, as far as the streams are still there."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
         try:
-            stream.flush()
+            getattr(sys, name).flush()
         except (OSError, ValueError, AttributeError):  # closed, or gone: a job may do that
             continue

@@ -153,10 +153,15 @@ class Paused(deque[Any]):
         return length
 
 
-def test_a_guard_does_not_overlook_a_job_that_begins_as_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guard_does_not_overlook_a_job_that_begins_as_it_looks(
+    monkeypatch: pytest.MonkeyPatch, ends: list[int]
+) -> None:
     heard = Heard()
     Paused.main = threading.get_ident()
     monkeypatch.setattr("paraval.worker.batches.deque", Paused)
+    monkeypatch.setattr(
+        "paraval.worker.batches._HOLD_S", 60.0
+    )  # for its report, the first job would wait for the guard
 
     def run(job_id: str, _args: Any) -> _Result:
         if job_id == "0.0":
@@ -168,6 +173,7 @@ def test_a_guard_does_not_overlook_a_job_that_begins_as_it_looks(monkeypatch: py
 
     batches_on(heard, run).run(1, ids(2), [{}] * 2, 0.01)
     assert [frame[:3] for frame in heard.frames] == [("done", 1, 0), ("back", 1, 2), ("done", 1, 1)]
+    assert ends == []
 
 
 # -- forks -------------------------------------------------------------------------------------------------------------

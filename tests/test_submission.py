@@ -100,6 +100,17 @@ def test_ids_that_are_not_numbered_on() -> None:
     assert [note["place"] for note in submission.notes] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("new_id", ["mine", "0.99", 7])
+def test_a_job_of_another_id_has_metadata_of_its_own(new_id: Any) -> None:
+    submission = submission_of(2)
+    job, other = make_jobs(Job, [{}, {}], submission)
+    job.id = new_id
+    assert copy.copy(job).metadata == job.metadata == {"timestamp_submit": 3.0}
+    job.metadata["mine"] = True
+    assert submission.is_renoted
+    assert other.metadata == {"timestamp_submit": 3.0}
+
+
 # -- with an evaluator -------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +134,55 @@ def test_all_have_the_times_whether_they_are_gathered_together_or_in_parts(sizes
         assert None not in [when for job in gathered for when in job.timing]
         records = storage.get([job.id for job in gathered])
         assert [record.metadata for record in records] == [job.metadata for job in gathered]
+
+
+class CopiesDicts(MemoryStorage):
+    def insert_jobs(self, search_id: str, jobs: NewJobs) -> list[str]:
+        return super().insert_jobs(search_id, jobs._replace(metadata=[dict(noted) for noted in jobs.metadata]))
+
+
+class SeesEnds(MemoryStorage):
+    def end_jobs(self, ends: JobEnds) -> None:
+        assert ends.metadata is not None
+        super().end_jobs(ends)
+
+
+@pytest.mark.parametrize("kind", [CopiesDicts, SeesEnds])
+def test_a_store_that_takes_many_jobs_in_a_way_of_its_own_is_given_the_metadata(kind: type[MemoryStorage]) -> None:
+    storage = kind()
+    with Evaluator.create(lambda job: {"output": 1, "metadata": {"m": job["x"]}}, "thread", {"storage": storage}) as it:
+        it.submit([{"x": number} for number in range(50)])
+        jobs = it.gather("ALL")
+    records = storage.get([job.id for job in jobs])
+    assert [(record.metadata or {}).get("m") for record in records] == [job.args["x"] for job in jobs]
+
+
+class Submits:
+    """Submits a job when the collector finds it, wherever that is."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.myself = self
+
+    def __del__(self) -> None:
+        self.evaluator.submit([{"x": 0}])
+
+
+def test_a_finalizer_may_submit_in_the_middle_of_anything() -> None:
+    rounds = 400
+    with Evaluator.create(value_of, "thread", {"num_workers": 2}) as evaluator:
+        thresholds = gc.get_threshold()
+        try:
+            for number in range(rounds):
+                evaluator.submit([{"x": x} for x in range(20)])
+                gc.set_threshold(1 + number % 40)
+                Submits(evaluator)
+                evaluator.gather("ALL")
+        finally:
+            gc.set_threshold(*thresholds)
+        gc.collect()
+        evaluator.gather("ALL")
+        assert (evaluator.statistics().done, len(evaluator.jobs)) == (21 * rounds, 21 * rounds)
 
 
 def test_what_is_noted_at_any_time_is_in_the_record() -> None:

@@ -128,15 +128,18 @@ class Submission:
         self._first = int(number) if number.isdecimal() else -1
 
     def note_of(self, job_id: str) -> dict[str, Any]:
-        """Give the metadata of a job."""
+        """Give the metadata of a job; that of none, where somebody has given it another id."""
         ids = self.ids
         try:
             place = int(job_id[self._prefix :]) - self._first  # as a rule they are numbered on
-            if place < 0 or ids[place] != job_id:
-                place = ids.index(job_id)
-        except (ValueError, IndexError):
-            place = ids.index(job_id)
-        return self.notes.at(place)
+            if place >= 0 and ids[place] == job_id:
+                return self.notes.at(place)
+        except (ValueError, IndexError, TypeError):
+            pass
+        if job_id in ids:
+            return self.notes.at(ids.index(job_id))
+        self.is_renoted = True
+        return {"timestamp_submit": self.submitted}
 
 
 _submission_of = operator.attrgetter("_submission")

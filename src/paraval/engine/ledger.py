@@ -107,7 +107,8 @@ class Ledger:
 
     def __init__(self, *, counts_pending: bool = True) -> None:
         self.counts_pending = counts_pending
-        self._lock = threading.Lock()
+        # What the collector finalizes in the middle of something may submit; it is never in the middle of a count.
+        self._lock = threading.RLock()
         self._mailbox: deque[Job] = deque()
         self._waiters: list[_Waiter] = []
         self._private: dict[str, Callable[[], object]] = {}
@@ -167,7 +168,7 @@ class Ledger:
             self.settled += len(group.jobs)
             self.done += len(group.jobs)
             self.busy_s += sum(group.ends) - sum(group.starts)
-            self.last_end = group.ends[-1]
+            self._note_end(group.ends[-1])
             wakes = self._hand_out(group.jobs, mail=True)
         _wake(wakes)
 
@@ -242,12 +243,16 @@ class Ledger:
                 cancelled += 1
             elif job.error is not None if type(job) is Job else _has_failed(job):
                 failed += 1
-        if jobs:
-            self.last_end = finished
+        if finished is not None:
+            self._note_end(finished)
         self.busy_s += busy_s
         self.failed += failed
         self.cancelled += cancelled
         self.done += len(jobs) - failed - cancelled
+
+    def _note_end(self, finished: float) -> None:
+        if self.last_end is None or finished > self.last_end:  # one that ended before may be heard of later
+            self.last_end = finished
 
     def _take_ready(self) -> Sequence[Callable[[], object]]:
         """Under the lock: give what wakes those that need not wait any more; to be done without it, which they take."""

@@ -104,7 +104,7 @@ class JobQueue:
     def _wake(self) -> None:
         # A worker that is woken and finds nothing, as a busy one was quicker, waits again.
         for _ in range(min(len(self._jobs), len(self._waiting))):
-            if not self._jobs:  # who was called took several
+            if not (self._jobs and self._waiting):  # who was called took several; or what was finalized has put some
                 break
             callback, is_idle = self._waiting.popitem()
             self.idle -= is_idle

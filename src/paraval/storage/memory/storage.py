@@ -131,8 +131,9 @@ class MemoryStorage(Storage):
 
     @property
     def keeps_dicts(self) -> bool:  # type: ignore[override] # what is derived from this may be another kind of store
-        """Whether it does; not where somebody has put something else in the places of insert and update."""
-        return self._has_its_own_ways
+        """Whether it does; not where somebody has put something else in the place of anything that writes."""
+        ways = tuple(getattr(way, "__func__", None) for way in (self.insert_jobs, self.end_jobs))
+        return self._has_its_own_ways and ways == _OWN_WAYS_FOR_MANY
 
     @property
     def _has_its_own_ways(self) -> bool:
@@ -165,6 +166,7 @@ class MemoryStorage(Storage):
 
 
 _OWN_WAYS: Final = (MemoryStorage.insert, MemoryStorage.update)
+_OWN_WAYS_FOR_MANY: Final = (MemoryStorage.insert_jobs, MemoryStorage.end_jobs)
 
 
 def _unknown(job_id: str) -> UnknownIdError:

@@ -413,6 +413,19 @@ def test_a_job_that_closes_the_output_closes_it_to_no_other(
         assert stderr.count("err") == 3 // len(said)
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_a_job_prints_goes_to_where_it_has_put_its_output(raises: bool, tmp_path: Path) -> None:
+    def function(job: RunningJob) -> None:
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 1)
+        print("for the file", end="")
+        if raises:
+            raise ValueError
+
+    path = tmp_path / "output"
+    run(function, [{}])
+    assert path.read_text(encoding="utf-8") == "for the file"
+
+
 def test_what_a_job_puts_in_the_place_of_the_output_stays() -> None:
     def function(job: RunningJob) -> Any:
         if job["x"] == 0:

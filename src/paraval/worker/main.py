@@ -320,6 +320,7 @@ class Worker:
     def _failed(self, exc: BaseException) -> tuple[Any, ...]:
         if not self._here[0]:
             exit_fork(exc)
+        flush_output()  # to where it had this go
         self._streams.restore()  # it may be what it failed of, and the next one need not
         was_asked = self._live is not None and self._live._state is JobStatus.CANCELLING
         self._end_calls()

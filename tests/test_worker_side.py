@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -284,6 +284,22 @@ def test_an_alarm_that_a_job_has_left_set_hits_no_other(method: str) -> None:
     assert len(set(outputs(jobs))) == 1
 
 
+def test_an_alarm_of_the_set_up_that_has_rung_protects_no_other(flags: Flags) -> None:
+    def set_up() -> None:
+        signal.signal(signal.SIGALRM, lambda *_: flags.put("rang"))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    def function(job: RunningJob) -> None:
+        flags.wait("rang")
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        if job["x"] == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        else:
+            time.sleep(0.3)  # it works for longer
+
+    assert errors(run(function, [{"x": x} for x in range(2)], batching=False, initializer=set_up)) == []
+
+
 def test_an_alarm_of_the_set_up_stays(flags: Flags) -> None:
     def set_up() -> None:
         signal.signal(signal.SIGALRM, lambda *_: flags.put(f"rang in {current[0]}"))
@@ -413,6 +429,68 @@ def test_a_job_that_closes_the_output_closes_it_to_no_other(
         assert stderr.count("err") == 3 // len(said)
 
 
+class Logger:
+    """Something else in the place of a stream, with attributes that mean something else."""
+
+    encoding = "none"
+    errors = 0
+    closed = False
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_a_stream_of_somebodys_own_that_is_closed_costs_no_job(method: str) -> None:
+    def set_up() -> None:
+        sys.stdout = cast("Any", Logger())
+
+    def function(job: RunningJob) -> int:
+        if job["x"] == 1:
+            sys.stdout.close()
+        print("out")
+        return os.getpid()
+
+    jobs = run(function, [{"x": x} for x in range(4)], method, batching=False, initializer=set_up)
+    assert errors(jobs) == []
+    assert len(set(outputs(jobs))) == 1
+
+
+FORKS_A_DAEMON = """
+import os, time
+from paraval import Evaluator
+
+def run(job):
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        for fd in (0, 1, 2):
+            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+        os.write(writer, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    return pid
+
+with Evaluator.create(run, "process") as evaluator:
+    print(evaluator.evaluate({}).output)
+"""
+
+
+def test_a_process_that_a_job_forked_and_that_left_its_output_holds_up_nobody() -> None:
+    arguments = [sys.executable, "-c", FORKS_A_DAEMON]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=True)
+    os.kill(int(done.stdout), signal.SIGKILL)  # it is still there; the output has ended
+
+
+@pytest.mark.usefixtures("buffered")
 @pytest.mark.parametrize("raises", [False, True])
 def test_what_a_job_prints_goes_to_where_it_has_put_its_output(raises: bool, tmp_path: Path) -> None:
     def function(job: RunningJob) -> None:

@@ -155,6 +155,7 @@ class Worker:
         self._here = mark_of_this_process()
         self._calling = _thread.allocate_lock()
         self._live: _LiveJob | None = None
+        self._streams: StandardStreams | None = None
         self._peeks_at = 0.0
         self._client = self._storage_client
         self._has_client = False
@@ -182,8 +183,9 @@ class Worker:
 
     def _tidy(self) -> None:
         """Undo what jobs have left behind that would hit another: output that is closed, an alarm that is set."""
-        self._streams.restore()
-        if not self._has_alarm:
+        if self._streams is not None:
+            self._streams.restore()
+        if monotonic() > self._alarm_until:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def _own_memory(self) -> int:
@@ -218,6 +220,8 @@ class Worker:
 
     def disown(self) -> None:
         """In a process that a job forked: signals do what they do in any process, unless the job has changed that."""
+        if self._streams is not None:
+            self._streams.close_in_fork()
         if signal.getsignal(signal.SIGTERM) is self._on_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is _take_no_notice:
@@ -244,7 +248,8 @@ class Worker:
         if initializer is not None:
             initializer()
         self._streams = StandardStreams()
-        self._has_alarm = signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0)  # of the set-up, for all jobs
+        left, interval = signal.getitimer(signal.ITIMER_REAL)  # one of the set-up is for all jobs
+        self._alarm_until = math.inf if interval else monotonic() + left if left else 0.0
 
     def _next(self) -> Any:
         """Give the next jobs: from the tray, or else those that come; None when there are no more."""
@@ -321,7 +326,8 @@ class Worker:
         if not self._here[0]:
             exit_fork(exc)
         flush_output()  # to where it had this go
-        self._streams.restore()  # it may be what it failed of, and the next one need not
+        if self._streams is not None:
+            self._streams.restore()  # it may be what it failed of, and the next one need not
         was_asked = self._live is not None and self._live._state is JobStatus.CANCELLING
         self._end_calls()
         error = error_from_exception(exc)

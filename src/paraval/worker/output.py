@@ -58,25 +58,37 @@ class StandardStreams:
             with contextlib.suppress(OSError):  # it is closed, or no more files may be opened
                 self._descriptors.append((fd, os.dup(fd), _identity(fd)))
         for fd, name in ((1, "stdout"), (1, "__stdout__"), (2, "stderr"), (2, "__stderr__")):
-            stream = getattr(sys, name, None)
+            stream: Any = getattr(sys, name, None)
             if not _is_closed(stream):
-                encoding, errors = getattr(stream, "encoding", None), getattr(stream, "errors", None)
+                # Of an object of somebody's own, these may be anything.
+                is_text = type(stream) in {io.TextIOWrapper, _Unbuffered}
+                encoding, errors = (stream.encoding, stream.errors) if is_text else (None, None)
                 self._streams.append((name, fd, stream, encoding, errors))
 
     def restore(self) -> None:
         """Put back what is closed, or gone. What a job has put in the place of a stream stays, if it is open."""
         for fd, kept, is_what in self._descriptors:
             if _identity(fd) != is_what and _identity(kept) == is_what:  # else a job has closed that, too
-                os.dup2(kept, fd)
+                with contextlib.suppress(OSError):
+                    os.dup2(kept, fd)
         for at, (name, fd, stream, encoding, errors) in enumerate(self._streams):
             if not _is_closed(getattr(sys, name, None)):
                 continue
             if _is_closed(stream):
                 kind = _Unbuffered if isinstance(stream, _Unbuffered) else io.TextIOWrapper
-                new = _text_on(kind, fd, encoding, errors)
+                try:
+                    new = _text_on(kind, fd, encoding, errors)
+                except OSError:  # the descriptor is closed, and nothing is left to open it with
+                    continue
                 same = [(*one[:2], new, *one[3:]) if one[2] is stream else one for one in self._streams[at:]]
                 self._streams[at:] = same  # sys.stdout and sys.__stdout__ may be one object
             setattr(sys, name, self._streams[at][2])
+
+    def close_in_fork(self) -> None:
+        """In a process that a job forked: whoever reads the output shall not wait for one that has left its own."""
+        for _, kept, is_what in self._descriptors:
+            if _identity(kept) == is_what:
+                os.close(kept)
 
 
 def _identity(fd: int) -> tuple[int, int] | None:
@@ -99,7 +111,5 @@ def _is_closed(stream: Any) -> bool:
 def flush_output() -> None:
     """Have what was printed go out, as far as the streams are still there."""
     for name in ("stdout", "stderr"):
-        try:
+        with contextlib.suppress(Exception):  # it is closed, or gone, or something else: a job may do that
             getattr(sys, name).flush()
-        except (OSError, ValueError, AttributeError):  # closed, or gone: a job may do that
-            continue

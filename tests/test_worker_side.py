@@ -484,6 +484,20 @@ with Evaluator.create(run, "process") as evaluator:
 """
 
 
+def test_what_a_process_that_a_job_forked_holds_of_the_output_is_its_own() -> None:
+    def function(_job: RunningJob) -> int:
+        pid = os.fork()
+        if pid == 0:
+            copies = [os.dup(1) for _ in range(40)]  # one has the number of a descriptor that was closed by the fork
+            pid = os.fork()
+            if pid == 0:
+                os._exit(all(os.fstat(copy) for copy in copies) - 1)
+            os._exit(exit_code_of(pid))
+        return exit_code_of(pid)
+
+    assert result(function) == 0
+
+
 def test_a_process_that_a_job_forked_and_that_left_its_output_holds_up_nobody() -> None:
     arguments = [sys.executable, "-c", FORKS_A_DAEMON]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=True)

@@ -89,6 +89,7 @@ class StandardStreams:
         for _, kept, is_what in self._descriptors:
             if _identity(kept) == is_what:
                 os.close(kept)
+        self._descriptors.clear()  # the numbers are another's from now on, maybe for the same files
 
 
 def _identity(fd: int) -> tuple[int, int] | None:

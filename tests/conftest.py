@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -26,6 +27,16 @@ settings.register_profile(
 )
 settings.register_profile("explore", settings.get_profile("ci"), derandomize=False, max_examples=2000, print_blob=True)
 settings.load_profile("ci")
+
+# A shell that runs the tests in its background has them ignore SIGINT and SIGQUIT, nohup SIGHUP, and so would all that
+# they start; here they are what they are to a program at a terminal.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 LEAK_GRACE = 2.0  # seconds; a pool that was told to stop may still be on its way out
 

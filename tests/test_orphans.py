@@ -110,9 +110,8 @@ anyio.run(main, backend={home!r})
 def test_a_signal_that_ends_the_driver_ends_all(number: signal.Signals, tmp_path: Path) -> None:
     program = (
         JOBS
-        + f"""
-signal.signal({number.value}, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
-evaluator = Evaluator.create(job, "process", {{"num_workers": 2}})
+        + """
+evaluator = Evaluator.create(job, "process", {"num_workers": 2})
 evaluator.submit(configurations("gil", "sleeps"))
 evaluator.gather("ALL")
 """

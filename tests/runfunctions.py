@@ -393,3 +393,13 @@ EXCEPTIONS: dict[str, tuple[Any, str, str]] = {
 
 def raise_by_name(job: RunningJob) -> Any:
     return EXCEPTIONS[job["name"]][0]() if job["name"] != "none" else 1
+
+
+class Unhashable(type):
+    """Its classes cannot be in a set."""
+
+    __hash__ = None  # type: ignore[assignment] # that is what it is for
+
+
+class OfUnhashableClass(metaclass=Unhashable):
+    """One of its classes: what looks up types, as pickle does, cannot cope with it."""

@@ -290,6 +290,10 @@ def nested(levels: int) -> Any:
     return value
 
 
+class Unhashable(type):
+    __hash__ = None  # type: ignore[assignment] # that is what is tested
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -314,6 +318,8 @@ def nested(levels: int) -> Any:
         ({"x": {Layer(1): 1}}, "keys of .* that differ here would be the same in the store, or could be none there"),
         ({(Layer(1), "relu"): 1}, "keys of .* could be none there"),
         ({dt.timedelta(seconds=1): "a", 1: "b"}, "keys of .* would be the same in the store"),
+        (Unhashable("T", (), {})(), "reading it raised TypeError: unhashable type: 'Unhashable'"),
+        ([{"x": Unhashable("T", (), {})()}], "reading it raised TypeError: unhashable type: 'Unhashable'"),
     ],
     ids=kind,
 )

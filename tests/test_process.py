@@ -328,6 +328,25 @@ def test_a_result_that_cannot_be_sent_fails_its_job_with_the_path_to_it() -> Non
     assert "the result['deep'][0]['lock'] cannot be pickled: lock object" in error.message
 
 
+@pytest.mark.parametrize("is_argument", [False, True])
+@pytest.mark.parametrize(
+    "value", [runfunctions.OfUnhashableClass(), [runfunctions.OfUnhashableClass()]], ids=["alone", "in a list"]
+)
+def test_an_object_of_an_unhashable_class_fails_its_own_job(is_argument: bool, value: object) -> None:
+    def function(job: RunningJob) -> Any:
+        return runfunctions.OfUnhashableClass() if job["x"] == 1 and not is_argument else 1
+
+    jobs_args: list[dict[str, Any]] = [{"x": 0}, {"x": 1, "v": value if is_argument else 0}, {"x": 2}]
+    evaluator = Evaluator.create(function, "process", {"num_workers": 1})
+    alone = [evaluator.evaluate(args) for args in jobs_args]  # each is begun by the loop itself
+    for jobs in (alone, run_all(evaluator, jobs_args)):
+        assert [job.output for job in jobs] == [1, None, 1]
+        error = jobs[1].error
+        assert error is not None
+        assert (error.kind, error.type) == ("exception", "PicklingError")
+        assert ("the arguments['v']" if is_argument else "the result") in error.message
+
+
 def test_a_result_that_cannot_be_unpickled_fails_its_job() -> None:
     def function(job: RunningJob) -> Any:
         return runfunctions.NotForTheDriver() if job["x"] == 1 else job["x"]

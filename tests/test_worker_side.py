@@ -271,17 +271,64 @@ def test_what_one_coroutine_does_with_sigterm_is_not_left_to_the_next() -> None:
 
 
 @pytest.mark.parametrize("method", IN_PROCESSES)
-def test_an_alarm_that_a_job_has_left_set_hits_no_other(method: str) -> None:
+@pytest.mark.parametrize("timer", [signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF])
+def test_a_timer_that_a_job_has_left_set_hits_no_other(method: str, timer: int) -> None:
     def function(job: RunningJob) -> int:
         if job["x"] == 0:
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            signal.setitimer(timer, 0.1)
         else:
-            time.sleep(0.3)  # it works for longer
+            began = time.process_time()
+            while time.process_time() - began < 0.3:  # it works for longer
+                pass
         return os.getpid()
 
     jobs = run(function, [{"x": x} for x in range(2)], method, batching=False)
     assert errors(jobs) == []
     assert len(set(outputs(jobs))) == 1
+
+
+class SlowToFlush(io.StringIO):
+    def flush(self) -> None:
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("batching", [False, 3])
+def test_an_alarm_that_would_ring_just_after_its_job_rings_no_more(method: str, raises: bool, batching: Any) -> None:
+    def function(job: RunningJob) -> int:
+        if job["x"] == 1:
+            signal.signal(signal.SIGALRM, lambda *_: sys.exit())
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            sys.stdout = SlowToFlush()  # the worker flushes it when the job is over
+            if raises:
+                raise ValueError
+        return os.getpid()
+
+    jobs = run(function, [{"x": x} for x in range(3)], method, batching=batching)
+    assert [job.error and job.error.type for job in jobs] == [None, "ValueError" if raises else None, None]
+    assert jobs[0].output == jobs[2].output
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_signals_that_a_job_blocks_are_blocked_for_no_other(method: str) -> None:
+    def function(job: RunningJob) -> set[int]:
+        return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})}
+
+    jobs = run(function, [{}] * 3, method, batching=False)
+    assert errors(jobs) == []
+    assert outputs(jobs) == [set()] * 3
+
+
+def test_signals_that_the_set_up_blocks_stay_blocked() -> None:
+    def set_up() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+    def function(job: RunningJob) -> set[int]:
+        return {int(number) for number in signal.pthread_sigmask(signal.SIG_SETMASK, ())}
+
+    jobs = run(function, [{}] * 3, batching=False, initializer=set_up)
+    assert outputs(jobs) == [{signal.SIGUSR1}] * 3
 
 
 def test_an_alarm_of_the_set_up_that_has_rung_protects_no_other(flags: Flags) -> None:
@@ -312,6 +359,48 @@ def test_an_alarm_of_the_set_up_stays(flags: Flags) -> None:
         flags.wait(f"rang in {job['x']}")
 
     assert errors(run(function, [{"x": x} for x in range(2)], batching=False, initializer=set_up)) == []
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        pytest.param(lambda: None, 0, id="returns"),
+        pytest.param(lambda: sys.exit(3), 3, id="exits"),
+        pytest.param(lambda: 1 / 0, 1, id="raises"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 200_000])
+def test_a_process_that_the_initializer_forks_and_that_comes_back_is_no_worker(
+    method: str, end: Callable[[], object], code: int, size: int
+) -> None:
+    def set_up() -> None:
+        pid = os.fork()
+        if pid == 0:
+            end()
+        else:
+            os.environ["FORKED"] = str(pid)
+
+    def function(job: RunningJob) -> tuple[int, int | None]:
+        pid = os.environ.pop("FORKED", None)
+        return os.getpid(), None if pid is None else exit_code_of(int(pid))
+
+    jobs = run(function, [{"data": b"x" * size}] * 6, method, batching=False, initializer=set_up)
+    assert errors(jobs) == []
+    pids, codes = zip(*(job.output for job in jobs), strict=True)
+    assert len(set(pids)) == 1
+    assert codes == (code, *[None] * 5)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="the system has no /dev/shm")  # noqa: S108 - it is looked at
+def test_shared_memory_that_jobs_forget_is_removed_when_their_worker_ends() -> None:
+    def function(job: RunningJob) -> str:
+        from multiprocessing.shared_memory import SharedMemory
+
+        return SharedMemory(create=True, size=100).name
+
+    names = outputs(run(function, [{}] * 10, max_jobs_per_worker=2, batching=False))
+    assert [name for name in names if Path("/dev/shm", name).exists()] == []  # noqa: S108 - as above
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
@@ -462,6 +551,67 @@ def test_a_stream_of_somebodys_own_that_is_closed_costs_no_job(method: str) -> N
     assert len(set(outputs(jobs))) == 1
 
 
+def test_a_stream_of_somebodys_own_that_will_not_be_flushed_costs_no_job() -> None:
+    class Unflushable(io.StringIO):
+        def flush(self) -> None:
+            sys.exit("I will not")
+
+        @property
+        def closed(self) -> bool:
+            sys.exit("who asks?")
+
+    def function(job: RunningJob) -> int:
+        if job["x"] == 1:
+            sys.stdout = Unflushable()
+        return os.getpid()
+
+    jobs = run(function, [{"x": x} for x in range(4)], batching=False)
+    assert errors(jobs) == []
+    assert len(set(outputs(jobs))) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system has no /proc")
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_output_that_is_open_for_reading_only_is_put_back(method: str) -> None:
+    def function(job: RunningJob) -> None:
+        if job["x"] == 1:
+            os.dup2(os.open("/proc/self/fd/1", os.O_RDONLY), 1)
+        else:
+            print(job["x"], flush=True)
+
+    jobs = run(function, [{"x": x} for x in range(3)], method, batching=False, capture_output=True)
+    assert errors(jobs) == []
+    assert [job.stdout for job in jobs] == ["0\n", "", "2\n"]
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_captured_output_that_a_job_makes_non_blocking_blocks_for_the_next(method: str) -> None:
+    def function(job: RunningJob) -> list[bool]:
+        were = [os.get_blocking(fd) for fd in (1, 2)]
+        for fd in (1, 2):
+            os.set_blocking(fd, False)
+        return were
+
+    jobs = run(function, [{}] * 2, method, batching=False, capture_output=True)
+    assert outputs(jobs) == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_a_job_is_told_to_stop_where_one_before_has_asked_without_output(method: str) -> None:
+    def function(job: RunningJob) -> str:
+        if job["x"] == 0:
+            os.close(1)
+            job.stopped()
+            return "asked"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        until(job.stopped)
+        return "saved"
+
+    first, second = run(function, [{"x": x} for x in range(2)], method, batching=False, job_timeout=0.3, kill_grace=10)
+    assert first.output == "asked"
+    assert second.metadata["returned"] == "saved"
+
+
 FORKS_A_DAEMON = """
 import os, time
 from paraval import Evaluator
@@ -562,6 +712,14 @@ async def leave_another() -> None:
         asyncio.get_running_loop().left = [asyncio.create_task(exit_later())]  # type: ignore[attr-defined] # any object
 
 
+async def end_with(writer: int) -> None:
+    try:
+        await asyncio.sleep(30)
+    finally:
+        os.write(writer, b"x")
+        await asyncio.sleep(0.01)
+
+
 def leave_behind(what: str) -> object:
     loop = asyncio.get_running_loop()
     match what:
@@ -575,6 +733,10 @@ def leave_behind(what: str) -> object:
             return loop.call_later(0.02, loop.stop)
         case "immediate stop":
             return loop.call_soon(loop.stop)
+        case "reader that exits":
+            reader, writer = os.pipe()
+            loop.add_reader(reader, sys.exit, "from an earlier job")
+            return asyncio.create_task(end_with(writer))
     raise AssertionError(what)
 
 
@@ -583,6 +745,7 @@ def leave_behind(what: str) -> object:
     "what",
     [
         "task that exits", "task that exits when it is cancelled", "task that leaves another", "stop", "immediate stop",
+        "reader that exits",
     ],
 )  # fmt: skip
 def test_what_a_coroutine_leaves_on_the_loop_does_not_strike_the_next(method: str, what: str) -> None:

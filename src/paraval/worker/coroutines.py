@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["CoroutineRunner"]
+
+
+_TURNS: Final = 100
+"""How often the end of what is left may be interrupted, by each task of many, say."""
 
 
 class CoroutineRunner:
@@ -77,10 +82,17 @@ class CoroutineRunner:
 
     def _end_what_is_left(self) -> None:
         loop = self._runner.get_loop()
-        while left := asyncio.all_tasks(loop):
+        for _ in range(_TURNS):
+            left = asyncio.all_tasks(loop)
+            if not left:
+                return
             for task in left:
                 task.cancel()
             try:
                 self._complete(asyncio.wait(left))
             except (SystemExit, KeyboardInterrupt):  # it ended that task, and shall end no more
                 continue
+        # Something raises it each time that the loop runs: a reader, say. No coroutine would come to its end there.
+        self._runner = asyncio.Runner()
+        with contextlib.suppress(Exception):
+            loop.close()

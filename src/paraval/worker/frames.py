@@ -33,6 +33,7 @@ own job only.
 from __future__ import annotations
 
 import _thread
+import fcntl
 import os
 import pickle
 import struct
@@ -53,6 +54,8 @@ STOP: Final = len(_STOP).to_bytes(8, "little") + _STOP
 PAIR: Final = struct.Struct("2d")
 """When one job began, and when it ended."""
 _PEEKED: Final = 1 << 12
+_NOT_STANDARD: Final = 3
+"""The first descriptor that is none of a standard stream, which are put back where a job has closed them."""
 
 
 class Setup(NamedTuple):
@@ -154,7 +157,7 @@ class Wire:
 
         try:
             if self._peeked is None:
-                self._peeked = _socket.socket(fileno=os.dup(self._fd))
+                self._peeked = _socket.socket(fileno=fcntl.fcntl(self._fd, fcntl.F_DUPFD_CLOEXEC, _NOT_STANDARD))
                 self._peeked.setblocking(True)  # for both descriptors, whatever a job has made the default of new ones
             return STOP in self._peeked.recv(_PEEKED, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
         except OSError:  # there is nothing, or nobody, or no descriptor left

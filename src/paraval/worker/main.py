@@ -25,8 +25,9 @@ from paraval.outcome import JobError, error_from_exception
 from paraval.worker.batches import Batches
 from paraval.worker.forks import mark_of_this_process
 from paraval.worker.frames import HEAD, MESSAGE, Sealed, Setup, Wire, sendable
-from paraval.worker.output import StandardStreams, flush_output, unbuffer_output
-from paraval.worker.pickling import PLAIN, PicklingFailed, dumps
+from paraval.worker.leftovers import Leftovers
+from paraval.worker.output import flush_output, unbuffer_output
+from paraval.worker.pickling import PicklingFailed, dumps
 
 if TYPE_CHECKING:
     from paraval.worker.board import BoardOfWorker
@@ -37,6 +38,7 @@ _new: Final = object.__new__
 _held: Final = _thread._local()
 """Which signals a thread that forks had blocked before."""
 _SIGTERM: Final = int(signal.SIGTERM)
+_SIGALRM: Final = int(signal.SIGALRM)
 # Enum's own look-up of a member costs more than anything else that is done with it here.
 _RUNNING: Final = JobStatus.RUNNING
 _CANCELLING: Final = JobStatus.CANCELLING
@@ -155,7 +157,7 @@ class Worker:
         self._here = mark_of_this_process()
         self._calling = _thread.allocate_lock()
         self._live: _LiveJob | None = None
-        self._streams: StandardStreams | None = None
+        self._leftovers = Leftovers()
         self._peeks_at = 0.0
         self._client = self._storage_client
         self._has_client = False
@@ -170,23 +172,20 @@ class Worker:
         try:
             self._set_up(first[1])
         except BaseException as exc:  # noqa: BLE001 - whatever importing the run-function does
+            if not self._here[0]:
+                exit_fork(exc)
             self._wire.send(("broken", tuple(error_from_exception(exc))))
             self._wire.drain()
             return
+        if not self._here[0]:
+            exit_fork(None)  # it forked, and its child came back too: there is one worker on this socket
         self._wire.send(("ready", self._own_memory()))
         while (frame := self._next()) is not None:
             _, self._seen, job_ids, all_args, hold_s, more = frame
             self._expects_more = more and self._has_tray
             if self._batches.run(self._seen, job_ids, all_args, hold_s):
                 self._waits_to_be_told = True  # it shall not go on by itself
-            self._tidy()
-
-    def _tidy(self) -> None:
-        """Undo what jobs have left behind that would hit another: output that is closed, an alarm that is set."""
-        if self._streams is not None:
-            self._streams.restore()
-        if monotonic() > self._alarm_until:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            self._leftovers.undo()
 
     def _own_memory(self) -> int:
         if self._context.memory_limit == math.inf:
@@ -220,8 +219,7 @@ class Worker:
 
     def disown(self) -> None:
         """In a process that a job forked: signals do what they do in any process, unless the job has changed that."""
-        if self._streams is not None:
-            self._streams.close_in_fork()
+        self._leftovers.streams.close_in_fork()
         if signal.getsignal(signal.SIGTERM) is self._on_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) is _take_no_notice:
@@ -247,9 +245,7 @@ class Worker:
         self._retry_on = pickle.loads(setup.retry_on) if setup.retry_on else ()  # noqa: S301 - likewise
         if initializer is not None:
             initializer()
-        self._streams = StandardStreams()
-        left, interval = signal.getitimer(signal.ITIMER_REAL)  # one of the set-up is for all jobs
-        self._alarm_until = math.inf if interval else monotonic() + left if left else 0.0
+        self._leftovers.begin(is_captured=setup.is_captured)
 
     def _next(self) -> Any:
         """Give the next jobs: from the tray, or else those that come; None when there are no more."""
@@ -298,9 +294,14 @@ class Worker:
             self._live = live
             if self._batches.is_asked_to_stop:  # just before there was a job to tell
                 live._state = _CANCELLING
-            value = self._function(running_job(live, job_id, args, self._client, self._stopper))
-            if self._runner is not None:
-                value = self._complete(value, live)
+            try:
+                value = self._function(running_job(live, job_id, args, self._client, self._stopper))
+                if self._runner is not None:
+                    value = self._complete(value, live)
+            finally:
+                # Here, where it can ring for nobody but this job. (As a rule nobody handles it.)
+                if type(_handler_of(_SIGALRM)) is not int:
+                    self._leftovers.stop_alarm()
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             return self._failed(exc), None
         if not self._here[0]:
@@ -308,7 +309,8 @@ class Worker:
         self._live = None
         if self._has_client:
             self._end_calls()
-        if type(value) in PLAIN:  # as a rule
+        kind = type(value)
+        if kind is float or kind is int or kind is str or value is None:  # as a rule; and it cannot fail to be sent
             return None, value
         return self._pickled(value)
 
@@ -326,8 +328,7 @@ class Worker:
         if not self._here[0]:
             exit_fork(exc)
         flush_output()  # to where it had this go
-        if self._streams is not None:
-            self._streams.restore()  # it may be what it failed of, and the next one need not
+        self._leftovers.streams.restore()  # it may be what it failed of, and the next one need not
         was_asked = self._live is not None and self._live._state is JobStatus.CANCELLING
         self._end_calls()
         error = error_from_exception(exc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 __all__ = ["StandardStreams", "flush_output", "unbuffer_output"]
 
+_Identity = tuple[int, int, int]
 _IONBF: Final = 2
 """C's name for a stream without a buffer."""
 
@@ -46,14 +48,23 @@ def _text_on(kind: type[io.TextIOWrapper], fd: int, encoding: str | None, errors
 
 
 class StandardStreams:
-    """Standard output and error, as they are when this is made: what a job has closed, the next one shall find open.
+    """Standard output and error, as they are when they are noted: what a job has closed, the next one shall find open.
 
     It may happen to a job that knows nothing of it: a file object that it opened on the descriptor is collected.
     """
 
     def __init__(self) -> None:
-        self._descriptors = []
-        self._streams = []
+        self._descriptors: list[tuple[int, int, _Identity | None]] = []
+        self._streams: list[tuple[str, int, Any, str | None, str | None]] = []
+        self._are_own = False
+
+    def note(self, *, are_own: bool) -> None:
+        """Note what they are now.
+
+        Args:
+            are_own: whether they are pipes that nobody but this process, and what it starts, writes to.
+        """
+        self._are_own = are_own
         for fd in (1, 2):
             with contextlib.suppress(OSError):  # it is closed, or no more files may be opened
                 self._descriptors.append((fd, os.dup(fd), _identity(fd)))
@@ -71,6 +82,9 @@ class StandardStreams:
             if _identity(fd) != is_what and _identity(kept) == is_what:  # else a job has closed that, too
                 with contextlib.suppress(OSError):
                     os.dup2(kept, fd)
+            if self._are_own:
+                with contextlib.suppress(OSError):
+                    os.set_blocking(fd, True)
         for at, (name, fd, stream, encoding, errors) in enumerate(self._streams):
             if not _is_closed(getattr(sys, name, None)):
                 continue
@@ -78,7 +92,7 @@ class StandardStreams:
                 kind = _Unbuffered if isinstance(stream, _Unbuffered) else io.TextIOWrapper
                 try:
                     new = _text_on(kind, fd, encoding, errors)
-                except OSError:  # the descriptor is closed, and nothing is left to open it with
+                except Exception:  # noqa: BLE001, S112 - the descriptor is closed, and nothing is left to open it with
                     continue
                 same = [(*one[:2], new, *one[3:]) if one[2] is stream else one for one in self._streams[at:]]
                 self._streams[at:] = same  # sys.stdout and sys.__stdout__ may be one object
@@ -92,12 +106,13 @@ class StandardStreams:
         self._descriptors.clear()  # the numbers are another's from now on, maybe for the same files
 
 
-def _identity(fd: int) -> tuple[int, int] | None:
+def _identity(fd: int) -> _Identity | None:
+    """Say what a descriptor is: which file, and whether it is for reading or writing."""
     try:
         found = os.fstat(fd)
+        return found.st_dev, found.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError:
         return None
-    return found.st_dev, found.st_ino
 
 
 def _is_closed(stream: Any) -> bool:
@@ -105,12 +120,12 @@ def _is_closed(stream: Any) -> bool:
         return stream is None or bool(stream.closed)
     except ValueError:  # its buffer was detached
         return True
-    except Exception:  # noqa: BLE001 - an object of somebody's own
+    except BaseException:  # noqa: BLE001 - an object of somebody's own
         return False
 
 
 def flush_output() -> None:
     """Have what was printed go out, as far as the streams are still there."""
     for name in ("stdout", "stderr"):
-        with contextlib.suppress(Exception):  # it is closed, or gone, or something else: a job may do that
+        with contextlib.suppress(BaseException):  # it is closed, or gone, or something else: a job may do that
             getattr(sys, name).flush()

@@ -19,7 +19,6 @@ from types import FunctionType, MemberDescriptorType
 from typing import Any, Final
 
 __all__ = [
-    "PLAIN",
     "PicklingFailed",
     "PiecewisePickler",
     "TooLargeError",
@@ -34,7 +33,7 @@ __all__ = [
 _PROTOCOL: Final = 5
 _PIECE: Final = 1 << 20
 _MANY: Final = 1000
-PLAIN: Final = frozenset({int, float, str, bool, type(None)})
+_PLAIN: Final = frozenset({int, float, str, bool, type(None)})
 """The types of scalars: none of them can fail to be sent."""
 
 
@@ -49,24 +48,30 @@ class TooLargeError(Exception):
 def is_plain(value: Any) -> bool:
     """Whether a value is a scalar or a small dict of scalars: it cannot fail to be sent, nor share anything."""
     kind = type(value)
-    if kind in PLAIN:
-        return True
-    if kind is not dict or len(value) > _MANY:
-        return False
-    for key, item in value.items():  # noqa: SIM110 - a generator would cost twice as much, for each job
-        if type(item) not in PLAIN or type(key) not in PLAIN:
+    try:
+        if kind in _PLAIN:
+            return True
+        if kind is not dict or len(value) > _MANY:
             return False
+        for key, item in value.items():
+            if type(item) not in _PLAIN or type(key) not in _PLAIN:
+                return False
+    except Exception:  # noqa: BLE001 - a type that has no hash, as its metaclass wants it
+        return False
     return True
 
 
 def are_plain_dicts(values: Sequence[Any]) -> bool:
     """Whether all are small dicts of scalars; as :func:`is_plain` for each, at half its cost."""
-    return (
-        {dict}.issuperset(map(type, values))
-        and max(map(len, values), default=0) <= _MANY
-        and PLAIN.issuperset(map(type, itertools.chain.from_iterable(values)))
-        and PLAIN.issuperset(map(type, itertools.chain.from_iterable(map(dict.values, values))))
-    )
+    try:
+        return (
+            {dict}.issuperset(map(type, values))
+            and max(map(len, values), default=0) <= _MANY
+            and _PLAIN.issuperset(map(type, itertools.chain.from_iterable(values)))
+            and _PLAIN.issuperset(map(type, itertools.chain.from_iterable(map(dict.values, values))))
+        )
+    except Exception:  # noqa: BLE001 - as in is_plain
+        return False
 
 
 def dumps(value: Any, name: str) -> bytes:

@@ -40,19 +40,22 @@ _SCALARS: Final = frozenset({type(None), bool, int, float, str, bytes, UnsetType
 def is_plain(value: Any, depth: int = _MAX_DEPTH) -> bool:
     """Whether a value is made of what MessagePack knows, with scalars as keys. It is asked for every value."""
     kind = type(value)
-    if kind is dict:
-        for key, item in value.items():
-            if type(key) not in _SCALARS or (
-                type(item) not in _SCALARS and (not depth or not is_plain(item, depth - 1))
-            ):
-                return False
-        return True
-    if kind is list or kind is tuple:
-        for item in value:  # noqa: SIM110 - a generator would cost twice as much
-            if type(item) not in _SCALARS and (not depth or not is_plain(item, depth - 1)):
-                return False
-        return True
-    return kind in _SCALARS
+    try:
+        if kind is dict:
+            for key, item in value.items():
+                if type(key) not in _SCALARS or (
+                    type(item) not in _SCALARS and (not depth or not is_plain(item, depth - 1))
+                ):
+                    return False
+            return True
+        if kind is list or kind is tuple:
+            for item in value:
+                if type(item) not in _SCALARS and (not depth or not is_plain(item, depth - 1)):
+                    return False
+            return True
+        return kind in _SCALARS  # noqa: TRY300 - it is this that may raise, too
+    except Exception:  # noqa: BLE001 - a type that has no hash, as its metaclass wants it
+        return False
 
 
 def are_flat(dicts: Iterable[Any]) -> bool:
@@ -61,7 +64,10 @@ def are_flat(dicts: Iterable[Any]) -> bool:
     if set(map(type, dicts)) != {dict}:
         return False
     keys, items = map(type, chain.from_iterable(dicts)), map(type, chain.from_iterable(map(dict.values, dicts)))
-    return _SCALARS.issuperset(keys) and _SCALARS.issuperset(items)
+    try:
+        return _SCALARS.issuperset(keys) and _SCALARS.issuperset(items)
+    except Exception:  # noqa: BLE001 - as in is_plain
+        return False
 
 
 _Place = tuple["_Place | None", str, Any]

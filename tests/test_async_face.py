@@ -16,7 +16,7 @@ from anyio.lowlevel import checkpoint
 
 from paraval import Evaluator, HPOJob, Job, JobStatus, MaximumJobsSpawnReached, ParavalError, RunningJob
 from paraval.callback import Callback
-from paraval.errors import JobsFailedError, UsageError
+from paraval.errors import EvaluatorClosedError, JobsFailedError, UsageError
 from support import (
     METHODS,
     CountingStorage,
@@ -1000,14 +1000,21 @@ async def test_submit_waits_while_too_many_jobs_are_pending(method: str, stage: 
         assert outputs(await soon(evaluator.gather_async("ALL"))) == [0, 1, 2, 3, 4]
 
 
-async def test_closing_lets_a_waiting_submit_go_on(method: str, stage: Stage) -> None:
+async def test_closing_ends_a_waiting_submit(method: str, stage: Stage) -> None:
     async with make(method, stage.function(method), num_workers=1, max_pending=1) as evaluator:
+
+        async def submit() -> None:
+            with pytest.raises(EvaluatorClosedError, match=r"closed while submit\(\) waited .* 2 of 4 jobs were"):
+                await evaluator.submit_async(configurations(4))
+
         async with anyio.create_task_group() as group:
-            group.start_soon(evaluator.submit_async, configurations(4))
+            group.start_soon(submit)
             await stage.started(0).opened()
             await until_async(lambda: len(evaluator.jobs) == 2)
             stage.release_all()
             cancelled = await soon(evaluator.aclose())
         jobs = await soon(evaluator.gather_async("ALL"))
-        assert len(evaluator.jobs) == 4
+        assert len(evaluator.jobs) == 2
         assert ids(jobs + cancelled) == ids(evaluator.jobs)
+        await soon(evaluator.submit_async(configurations(2)))  # it can be opened again
+        assert outputs(await soon(evaluator.gather_async("ALL"))) == [0, 1]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import importlib.util
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -52,6 +54,91 @@ def make(function: Callable[..., Any], method: str = "process", **kwargs: Any) -
 
 def failures(jobs: list[Job]) -> list[tuple[str, str]]:
     return [(job.error.kind, job.error.message) for job in jobs if job.error is not None]
+
+
+# -- what a driver has made of itself ----------------------------------------------------------------------------------
+
+
+@both_methods
+def test_a_default_timeout_of_sockets_is_not_for_workers(method: str) -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.01)
+    try:
+        with make(lambda _: os.getpid(), method, num_workers=1) as evaluator:
+            jobs = []
+            for _ in range(3):
+                jobs.append(evaluator.evaluate({}))
+                time.sleep(0.1)  # the worker waits for longer than that
+    finally:
+        socket.setdefaulttimeout(before)
+    assert errors(jobs) == []
+    assert len({job.output for job in jobs}) == 1
+
+
+@both_methods
+def test_signals_that_the_driver_has_blocked_are_not_blocked_in_workers(method: str) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGALRM})
+    try:
+        with make(lambda _: len(signal.pthread_sigmask(signal.SIG_BLOCK, ())), method) as evaluator:
+            job = evaluator.evaluate({})
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert errors([job]) == []
+    assert job.output == 0
+
+
+def test_a_driver_need_not_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys, "argv")
+    with make(double) as evaluator:
+        assert evaluator.evaluate({"x": 2}).output == 4
+
+
+IN_A_SPAWNED_PROCESS = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from paraval import Evaluator
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+def run(job):
+    return Point(2 * job["x"].x)
+
+def search():
+    for method in {methods!r}:
+        with Evaluator.create(run, method) as evaluator:
+            job = evaluator.evaluate({{"x": Point(4)}})
+        print(method, job.error, type(job.output) is Point and job.output.x, flush=True)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("{start}").Process(target=search)
+    process.start()
+    process.join()
+"""
+
+
+@pytest.mark.parametrize("start", ["spawn", "forkserver", "fork"])
+def test_what_is_defined_in_the_script_crosses_from_its_processes_too(start: str, tmp_path: Path) -> None:
+    methods = ["process", *(["loky"] if importlib.util.find_spec("loky") else [])]
+    script = tmp_path / "script.py"
+    script.write_text(IN_A_SPAWNED_PROCESS.format(start=start, methods=methods), encoding="utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50, check=True)
+    assert done.stdout.splitlines() == [f"{method} None 8" for method in methods], done.stderr
+
+
+@pytest.mark.parametrize("method", ["process", LOKY, "thread", "executor"])
+def test_a_plain_function_may_give_a_coroutine(method: str) -> None:
+    async def double_later(x: int) -> int:
+        await asyncio.sleep(0.001)
+        return 2 * x
+
+    kwargs = {"executor": processes} if method == "executor" else {}
+    with make(lambda job: double_later(job["x"]) if job["x"] else "plain", method, **kwargs) as evaluator:
+        evaluator.submit(configurations(3))
+        jobs = evaluator.gather("ALL")
+    assert errors(jobs) == []
+    assert {job.args["x"]: job.output for job in jobs} == {0: "plain", 1: 2, 2: 4}
 
 
 # -- a worker that cannot be started -----------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ from paraval import (
     ThreadPoolEvaluator,
 )
 from paraval.callback import Callback
+from paraval.engine.handover import Handover
 from paraval.engine.running.batching import BatchSizer
-from paraval.errors import JobFailedError, JobsFailedError, UsageError
+from paraval.errors import EvaluatorClosedError, JobFailedError, JobsFailedError, UsageError
 from paraval.storage import MemoryStorage, NullStorage
 from support import (
     METHODS,
@@ -738,6 +739,68 @@ def test_submit_waits_while_too_many_jobs_are_pending(method: str, stage: Stage)
         stage.release_all()
         jobs = evaluator.gather("ALL")
         assert [job.args["x"] for job in sorted(jobs, key=lambda job: job.id)] == [0, 1, 2, 3, 4]
+
+
+def test_closing_ends_a_waiting_submit(method: str, stage: Stage) -> None:
+    with make(method, stage.function(method), num_workers=1, max_pending=2) as evaluator:
+
+        def submit() -> None:
+            with pytest.raises(EvaluatorClosedError, match=r"closed while submit\(\) waited .* 3 of 5 jobs were"):
+                evaluator.submit(configurations(5))
+
+        thread = threading.Thread(target=submit)
+        thread.start()
+        stage.started(0).wait()
+        until(lambda: len(evaluator.jobs) == 3)  # one runs, two wait
+        stage.release_all()
+        evaluator.close()
+        thread.join()
+        assert len(evaluator.jobs) == 3
+        assert evaluator.statistics().pending == 0
+
+
+class Interrupted:
+    """Raises KeyboardInterrupt, as Ctrl-C does, before or after a call of what it stands for."""
+
+    def __init__(self, function: Any, *, before: bool) -> None:
+        self._function = function
+        self._before = before
+
+    def __call__(self, *args: Any) -> None:
+        if not self._before:
+            self._function(*args)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", ["_submit_unless_closing", "submit"])
+def test_a_submit_that_is_interrupted_is_done_or_undone(
+    method: str, name: str, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make(method, double, num_workers=2) as evaluator:
+        evaluator.submit(configurations(2))
+        life = evaluator._intake._life
+        with monkeypatch.context() as patched:
+            patched.setattr(life, name, Interrupted(getattr(life, name), before=before))
+            with pytest.raises(KeyboardInterrupt):
+                evaluator.submit(configurations(3))
+        # Whether the engine has seen them is a race, but the two sides agree about it.
+        jobs = evaluator.gather("ALL")
+        assert len(jobs) in ({2} if before else {2, 5})
+        statistics = evaluator.statistics()
+        assert (statistics.submitted, statistics.pending, statistics.done) == (len(jobs), 0, len(jobs))
+        assert evaluator.num_jobs_submitted == evaluator.num_jobs_gathered == len(jobs) == len(evaluator.jobs)
+        evaluator.submit(configurations(4))
+        assert len(evaluator.gather("ALL")) == 4
+
+
+def test_jobs_on_their_way_are_the_engines_or_nobodys() -> None:
+    to_the_engine, called_off = Handover(), Handover()
+    assert to_the_engine.take()
+    assert not to_the_engine.call_off()
+    assert called_off.call_off()
+    assert called_off.call_off()  # it may be asked again
+    assert not called_off.take()
 
 
 def test_max_pending_lets_every_job_through(method: str) -> None:

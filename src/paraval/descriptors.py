@@ -34,9 +34,11 @@ def pipe() -> tuple[int, int]:
 
 
 def socketpair(kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
-    """Make two connected sockets of this machine."""
-    one, other = socket.socketpair(socket.AF_UNIX, kind)
-    return _above_standard(one), _above_standard(other)
+    """Make two connected sockets of this machine, which block."""
+    one, other = map(_above_standard, socket.socketpair(socket.AF_UNIX, kind))
+    for end in (one, other):
+        end.setblocking(True)  # whatever the program has made the default of new ones
+    return one, other
 
 
 def _above_standard(sock: socket.socket) -> socket.socket:

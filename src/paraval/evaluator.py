@@ -303,23 +303,32 @@ class Evaluator(ReferenceNames, abc.ABC):
 
         Raises:
             MaximumJobsSpawnReached: the limit was met; the jobs that fitted under it were submitted.
+            EvaluatorClosedError: somebody closed the evaluator while it waited for ``max_pending``; likewise.
         """
         self._refuse_submission()
         waiting = checks.configurations(args_list)
+        wanted = len(waiting)
+        closes: int | None = None
         while waiting:
+            self._refuse_if_closed_since(closes, wanted, len(waiting))
             room = self._ledger.reserve(len(waiting), self._max_pending)
             if room:
                 self._intake.launch(waiting[:room])
                 waiting = waiting[room:]
+                closes = self._life.closes
             else:
                 self._life.refuse_on_home("submit() with max_pending", "submit_async()")
+                closes = self._life.closes if closes is None else closes
                 self._ledger.wait(self._has_room, self._life.check)
 
     async def submit_async(self, args_list: Sequence[Args]) -> None:
         """Start jobs as :meth:`submit` does; where ``max_pending`` asks for it, wait without blocking the loop."""
         self._refuse_submission()
         waiting = checks.configurations(args_list)
+        wanted = len(waiting)
+        closes: int | None = None
         while waiting:
+            self._refuse_if_closed_since(closes, wanted, len(waiting))
             await self._life.wait_until_closed()
             if self._intake.is_slow:
                 await anyio.lowlevel.checkpoint_if_cancelled()  # from here on there is no way back
@@ -327,7 +336,9 @@ class Evaluator(ReferenceNames, abc.ABC):
             if room:
                 await self._launch_async(waiting[:room])
                 waiting = waiting[room:]
+                closes = self._life.closes
             else:
+                closes = self._life.closes if closes is None else closes
                 await self._ledger.wait_async(self._has_room, self._life.check_from_here)
 
     async def _launch_async(
@@ -348,6 +359,14 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._life.refuse_after_fork()
         if self._closer == threading.get_ident():
             raise UsageError("a callback that is told of the close cannot submit: do so after close() has returned")
+
+    def _refuse_if_closed_since(self, closes: int | None, wanted: int, waiting: int) -> None:
+        # Or the rest of a submission would open anew what somebody has just closed.
+        if closes is not None and self._life.closes != closes:
+            raise EvaluatorClosedError(
+                f"the evaluator was closed while submit() waited for room (max_pending={self._max_pending}): "
+                f"{wanted - waiting} of {wanted} jobs were submitted, the others were not"
+            )
 
     def _has_room(self) -> bool:
         return self._max_pending is None or self._ledger.pending < self._max_pending

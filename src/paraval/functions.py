@@ -39,7 +39,7 @@ def name_of(function: Any) -> str:
     function = _inner(function)
     named = function if getattr(function, "__qualname__", None) else type(function)
     module = str(getattr(named, "__module__", None))
-    if module == "__main__":
+    if module in {"__main__", "__mp_main__"}:  # the latter in a process that multiprocessing has started
         script = getattr(sys.modules[module], "__file__", None)
         module = module if script is None else script.rpartition(os.sep)[2].removesuffix(".py")
     return f"{module.rpartition('.')[2]}.{named.__qualname__}"

@@ -172,7 +172,7 @@ class ProcessBackend(Backend):
         )
         setup = Setup(
             path=[entry or WORKING_FOLDER for entry in sys.path],
-            argv=list(sys.argv),
+            argv=list(getattr(sys, "argv", ())),  # a program around the interpreter may have none
             program=program,
             origin=spec.origin,
             is_async=self._is_async,

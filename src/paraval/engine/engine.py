@@ -11,13 +11,13 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import anyio
 
 from paraval.backends.base import Backend, RunSpec
 from paraval.ctrl_c import spared_ctrl_c
+from paraval.engine.handover import Handover
 from paraval.engine.ledger import Ledger
 from paraval.engine.notify import Notifier
 from paraval.engine.reasons import OUT_OF_BUDGET
@@ -39,7 +39,6 @@ __all__ = ["Engine", "EngineSettings"]
 
 _TURN_S: Final = 0.005
 _PAUSE_S: Final = 0.001
-_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,11 @@ class Engine:
         return self._doorbell.loop
 
     def submit(
-        self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome] = _NONE, sources: Mapping[str, str] = _NONE
+        self,
+        jobs: Sequence[Job],
+        outcomes: Mapping[str, Outcome],
+        sources: Mapping[str, str],
+        handover: Handover,
     ) -> None:
         """Queue jobs that the ledger expects.
 
@@ -119,14 +122,15 @@ class Engine:
             jobs: in their order.
             outcomes: of the jobs that have ended already, by their ids.
             sources: the jobs that some of them follow, in place of being run.
+            handover: by which they may be called off until they are here.
 
         Raises:
             EvaluatorClosedError: the loop is gone.
         """
         if self.loop.is_here and self.loop.is_running:
-            self._admit(jobs, outcomes, sources)
+            self._admit(jobs, outcomes, sources, handover)
         else:
-            self._doorbell.ring(self._admit, jobs, outcomes, sources)
+            self._doorbell.ring(self._admit, jobs, outcomes, sources, handover)
 
     def cancel(self, job: Job, message: str) -> None:
         """Stop one job, wherever it is."""
@@ -226,7 +230,15 @@ class Engine:
 
     # -- admitting -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome], sources: Mapping[str, str]) -> None:
+    def _admit(
+        self,
+        jobs: Sequence[Job],
+        outcomes: Mapping[str, Outcome],
+        sources: Mapping[str, str],
+        handover: Handover,
+    ) -> None:
+        if not handover.take():  # whoever submits them was interrupted
+            return
         self._settling.open.update(zip([job.id for job in jobs], jobs, strict=True))
         if outcomes or sources:
             now = self._clock()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paraval.checks import Args
 from paraval.engine.collector import collector_at_rest, those_that_stayed_may_go
+from paraval.engine.handover import Handover
 from paraval.engine.ledger import Ledger
 from paraval.engine.life.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
@@ -45,6 +46,26 @@ class _New:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     known: Sequence[Known] = ()
+
+
+class _Launch:
+    """How far a launch has come: whatever interrupts it, Ctrl-C too, it is undone, or done.
+
+    Attributes:
+        counted: how many jobs ``num_submitted`` has in it.
+        new: the jobs that the ledger expects, or is about to.
+        is_expected: whether it does.
+        is_listed: whether they are in ``jobs``.
+        handover: of the jobs to the engine.
+    """
+
+    def __init__(self, private: Callable[[], object] | None) -> None:
+        self.private = private
+        self.counted = 0
+        self.new = _New()
+        self.is_expected = False
+        self.is_listed = False
+        self.handover = Handover()
 
 
 class Intake:
@@ -140,45 +161,59 @@ class Intake:
             StorageError: they could not be recorded, and none was launched.
         """
         wanted = len(configurations)
-        with self._counting:
-            limit = self.most
-            count = wanted if limit is None else max(0, min(wanted, limit - self.num_submitted))
-            self.num_submitted += count
+        launch = _Launch(private)
         try:
-            jobs = self._launch_all(configurations[:count], private) if count else []
-        except BaseException:
             with self._counting:
-                self.num_submitted -= count
-            self._ledger.release(wanted)
+                limit = self.most
+                count = wanted if limit is None else max(0, min(wanted, limit - self.num_submitted))
+                self.num_submitted += count
+                launch.counted = count
+            if count:
+                self._launch_all(configurations[:count], launch)
+        except BaseException as exc:
+            if launch.handover.call_off():  # else the engine has them by now
+                self._undo(launch, exc)
+                self._ledger.release(wanted)
+            elif private is None and not launch.is_listed:
+                self.jobs += launch.new.jobs
             raise
         if count < wanted:
             self._ledger.release(wanted - count)
             raise MaximumJobsSpawnReached(f"the maximum of {self._limit} jobs was reached")
-        return jobs
+        return launch.new.jobs
 
-    def _launch_all(self, configurations: Sequence[Args], private: Callable[[], object] | None) -> list[Job]:
+    def _launch_all(self, configurations: Sequence[Args], launch: _Launch) -> None:
         count = len(configurations)
+        private = launch.private
         if count > _MANY:
             with collector_at_rest(count):
                 new = self._make(configurations, is_private=private is not None)
         else:
             new = self._make(configurations, is_private=private is not None)
+        launch.new = new
         jobs = new.jobs
         self._ledger.expect(jobs, self._clock(), private)
-        try:
-            if self._notifier.callbacks:
-                self._announce(jobs, 0 if private is not None else len(jobs))
-            self._life.submit(jobs, new.outcomes, new.sources)
-        except BaseException as exc:
-            self._ledger.forget(jobs)
-            known = new.known
-            self._call_off([job.id for at, job in enumerate(jobs) if not known or known[at].record is None], exc)
-            if self._recall is not None:
-                self._recall.give_back(new.known, is_private=private is not None)
-            raise
+        launch.is_expected = True
+        if self._notifier.callbacks:
+            self._announce(jobs, 0 if private is not None else len(jobs))
+        self._life.submit(jobs, new.outcomes, new.sources, launch.handover)
         if private is None:
             self.jobs += jobs
-        return jobs
+            launch.is_listed = True
+
+    def _undo(self, launch: _Launch, exc: BaseException) -> None:
+        with self._counting:
+            self.num_submitted -= launch.counted
+        jobs, known = launch.new.jobs, launch.new.known
+        if launch.is_expected:
+            self._ledger.forget(jobs)
+        if launch.is_listed:
+            gone = set(map(id, jobs))
+            self.jobs[:] = [job for job in self.jobs if id(job) not in gone]
+        if jobs:
+            self._call_off([job.id for at, job in enumerate(jobs) if not known or known[at].record is None], exc)
+            if self._recall is not None:
+                self._recall.give_back(known, is_private=launch.private is not None)
 
     def _announce(self, jobs: Sequence[Job], public: int) -> None:
         here = threading.get_ident()

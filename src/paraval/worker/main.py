@@ -17,6 +17,7 @@ import sys
 # The one in signal looks for an enum, which takes twenty times as long; typeshed leaves the C module out.
 from _signal import getsignal as _handler_of  # type: ignore[import-not-found]
 from time import monotonic  # by its name, as a job may put another in its place there
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from paraval.errors import UsageError
@@ -53,6 +54,8 @@ def main(socket_fd: int, tray_fd: int, board_fd: int, lifeline_fd: int) -> None:
         if fd >= 0:
             os.set_inheritable(fd, False)
     worker = Worker(socket_fd, tray_fd, _open_board(board_fd))
+    # What the thread that started this process has blocked (to wait for it, say) shall be heard here.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     # Ctrl-C is the driver's business. (A handler, not SIG_IGN, which programs that a job starts would inherit.)
     signal.signal(signal.SIGINT, _take_no_notice)
     worker.handle_sigterm()
@@ -161,6 +164,7 @@ class Worker:
         self._peeks_at = 0.0
         self._client = self._storage_client
         self._has_client = False
+        self._is_async = False
         self._runner: Any = None
         self._on_sigterm = self.ask_to_stop  # one object, to be known again
 
@@ -238,10 +242,9 @@ class Worker:
         self._context = JobContext(origin=setup.origin, kill_grace=setup.kill_grace, memory_limit=setup.memory_limit)
         function, kwargs, self._stopper, initializer = pickle.loads(setup.program)  # noqa: S301 - our parent's
         self._function = functools.partial(function, **kwargs) if kwargs else function
+        self._is_async = setup.is_async
         if setup.is_async:
-            from paraval.worker.coroutines import CoroutineRunner  # here: most workers never need it
-
-            self._runner = CoroutineRunner()
+            self._make_runner()
         self._retry_on = pickle.loads(setup.retry_on) if setup.retry_on else ()  # noqa: S301 - likewise
         if initializer is not None:
             initializer()
@@ -296,7 +299,7 @@ class Worker:
                 live._state = _CANCELLING
             try:
                 value = self._function(running_job(live, job_id, args, self._client, self._stopper))
-                if self._runner is not None:
+                if self._is_async or type(value) is CoroutineType:  # of a lambda, say
                     value = self._complete(value, live)
             finally:
                 # Here, where it can ring for nobody but this job. (As a rule nobody handles it.)
@@ -337,7 +340,14 @@ class Worker:
         return (*error, may_retry(exc, error, self._retry_on))
 
     def _complete(self, coroutine: Any, live: _LiveJob) -> Any:
+        if self._runner is None:
+            self._make_runner()
         return self._runner.run(coroutine, lambda: live._status is JobStatus.CANCELLING)
+
+    def _make_runner(self) -> None:
+        from paraval.worker.coroutines import CoroutineRunner  # here: most workers never need it
+
+        self._runner = CoroutineRunner()
 
     def _storage_client(self) -> Any:
         from paraval.storage.pipe import PipeStorage  # here: most jobs never ask for their storage

@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import pickle
+import sys
 from abc import ABCMeta
 from collections.abc import Callable, Sequence
 from types import FunctionType, MemberDescriptorType
@@ -30,6 +31,11 @@ __all__ = [
     "loads_in_pieces",
 ]
 
+_MP_MAIN: Final = "__mp_main__"
+"""What the program's script is called in a process that multiprocessing has started, but with fork."""
+_MAINS: Final = frozenset({"__main__", _MP_MAIN})
+_MAIN: Final = b"_main__"
+"""What the pickle of anything of theirs by name contains."""
 _PROTOCOL: Final = 5
 _PIECE: Final = 1 << 20
 _MANY: Final = 1000
@@ -86,7 +92,7 @@ def dumps(value: Any, name: str) -> bytes:
     """
     try:
         data = pickle.dumps(value, _PROTOCOL)
-        if b"__main__" not in data:
+        if _MAIN not in data:
             return data
     except BaseException:  # noqa: BLE001, S110 - a lambda, say; cloudpickle knows more, and tells why if it does not
         pass
@@ -107,13 +113,16 @@ def _by_value(file: Any) -> Any:
 def _class_by_value() -> Any:
     import cloudpickle  # here: most children never need it
 
+    if (script := sys.modules.get(_MP_MAIN)) is not None:
+        cloudpickle.register_pickle_by_value(script)
+
     class ByValue(cloudpickle.Pickler):  # type: ignore[misc] # it has no types
         def reducer_override(self, thing: Any) -> Any:
             # cloudpickle sends what functools.lru_cache makes of a function by name. __wrapped__ may have been changed
             # since: it is the function if the object itself refers to it.
             if (
                 type(thing) is _CACHED
-                and getattr(thing, "__module__", None) == "__main__"
+                and getattr(thing, "__module__", None) in _MAINS
                 and any(it is thing.__wrapped__ for it in gc.get_referents(thing))
             ):
                 notes = {name: value for name, value in vars(thing).items() if name not in _OF_CACHED}
@@ -248,9 +257,9 @@ class _Pieces:
 
 def _names_main(data: bytes) -> bool:
     if len(data) <= _PIECE:
-        return b"__main__" in data
+        return _MAIN in data
     windows = range(0, len(data), _PIECE)
-    return any(data.find(b"__main__", begin, begin + _PIECE + 8) >= 0 for begin in windows)
+    return any(data.find(_MAIN, begin, begin + _PIECE + 8) >= 0 for begin in windows)
 
 
 class _Source:
@@ -393,7 +402,7 @@ def _parts_of_class(cls: type) -> list[tuple[str, Any]]:
 
 
 def _goes_by_value(cls: type) -> bool:
-    return cls.__module__ == "__main__" or "<locals>" in cls.__qualname__
+    return cls.__module__ in _MAINS or "<locals>" in cls.__qualname__
 
 
 _OF_CLASSES: Final = frozenset({"__dict__", "__weakref__", "__module__", "__doc__", "__slots__"})

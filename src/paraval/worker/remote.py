@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import time
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from paraval.job import JobContext, JobStatus, LiveJob, running_job
@@ -279,7 +280,7 @@ class _Call:
             # The board tells that this is the driver's machine, where a store is what it is there.
             storage = _StorageOfJob(job_id, args, None if self._board is None else loaded)
             value = loaded.function(running_job(live, job_id, dict(args), storage, loaded.stopper), **loaded.kwargs)
-            if loaded.is_async:
+            if loaded.is_async or type(value) is CoroutineType:  # of a lambda, say
                 value = self._complete(value, live)
         except BaseException as exc:  # noqa: BLE001 - whatever a job raises, SystemExit too, is its own failure
             if os.getpid() != pid:

@@ -12,6 +12,7 @@ from typing import Final
 import anyio
 
 from paraval.engine.engine import Engine
+from paraval.engine.handover import Handover
 from paraval.engine.ledger import Ledger
 from paraval.engine.life.callers_home import CallersHome
 from paraval.engine.life.thread_home import run_in_thread
@@ -35,6 +36,9 @@ class Lifecycle:
         ledger: outlives the engines.
         patience: seconds that a close may take, at most.
         settles_here: whether this thread is one that settles jobs, other than the loop's.
+
+    Attributes:
+        closes: how often an engine was closed, or began to be.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Lifecycle:
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
+        self.closes = 0
         self._home: CallersHome | None = None
         self._pid = os.getpid()
 
@@ -110,13 +115,19 @@ class Lifecycle:
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
-    def submit(self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome], sources: Mapping[str, str]) -> None:
+    def submit(
+        self,
+        jobs: Sequence[Job],
+        outcomes: Mapping[str, Outcome],
+        sources: Mapping[str, str],
+        handover: Handover,
+    ) -> None:
         """Give jobs to the engine (see :meth:`Engine.submit`); open one if there is none.
 
         Raises:
             EvaluatorClosedError: the loop is gone.
         """
-        while not self._submit_unless_closing(jobs, outcomes, sources):
+        while not self._submit_unless_closing(jobs, outcomes, sources, handover):
             engine = self._engine
             if engine is not None and _is_abandoned(engine):  # nobody goes on with the close
                 self._end_close(engine)
@@ -125,12 +136,16 @@ class Lifecycle:
             self._ledger.wait(lambda: not self._closing, self.check, despite_failure=True)
 
     def _submit_unless_closing(
-        self, jobs: Sequence[Job], outcomes: Mapping[str, Outcome], sources: Mapping[str, str]
+        self,
+        jobs: Sequence[Job],
+        outcomes: Mapping[str, Outcome],
+        sources: Mapping[str, str],
+        handover: Handover,
     ) -> bool:
         with self._lock:
             if self._closing:
                 return False
-            self._open(len(jobs) - len(outcomes) - len(sources)).submit(jobs, outcomes, sources)
+            self._open(len(jobs) - len(outcomes) - len(sources)).submit(jobs, outcomes, sources, handover)
             return True
 
     async def wait_until_closed(self) -> None:
@@ -219,6 +234,7 @@ class Lifecycle:
             if engine is None or (self._closing and not _is_abandoned(engine)):  # else nobody goes on with the close
                 return None
             self._closing = True
+            self.closes += 1
         with contextlib.suppress(EvaluatorClosedError):  # the loop is gone; what it left is settled by _end_close
             engine.stop()
         return engine

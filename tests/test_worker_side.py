@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any, cast
 
@@ -320,6 +321,36 @@ def test_signals_that_a_job_blocks_are_blocked_for_no_other(method: str) -> None
     assert outputs(jobs) == [set()] * 3
 
 
+@pytest.mark.parametrize("method", IN_PROCESSES)
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGUSR1])
+def test_a_signal_that_a_job_blocks_and_leaves_pending_hits_no_other(method: str, raises: bool, number: int) -> None:
+    def function(job: RunningJob) -> int:
+        if job["x"] == 1:
+            signal.signal(number, lambda *_: sys.exit())
+            signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+            if number == signal.SIGALRM:
+                signal.setitimer(signal.ITIMER_REAL, 0.001)
+                until(lambda: number in signal.sigpending())
+            else:
+                signal.pthread_kill(threading.get_ident(), number)
+            if raises:
+                raise ValueError
+        return os.getpid()
+
+    jobs = run(function, [{"x": x} for x in range(4)], method, batching=False)
+    assert [job.error and job.error.type for job in jobs] == [None, "ValueError" if raises else None, None, None]
+    assert len({job.output for job in jobs if not job.failed}) == 1
+
+
+def test_captured_output_that_the_set_up_makes_non_blocking_stays_so() -> None:
+    def function(job: RunningJob) -> tuple[bool, bool]:
+        return os.get_blocking(1), os.get_blocking(2)
+
+    jobs = run(function, [{}] * 3, batching=False, capture_output=True, initializer=lambda: os.set_blocking(1, False))
+    assert outputs(jobs) == [(False, True)] * 3
+
+
 def test_signals_that_the_set_up_blocks_stay_blocked() -> None:
     def set_up() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -392,15 +423,25 @@ def test_a_process_that_the_initializer_forks_and_that_comes_back_is_no_worker(
     assert codes == (code, *[None] * 5)
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="the system has no /dev/shm")  # noqa: S108 - it is looked at
-def test_shared_memory_that_jobs_forget_is_removed_when_their_worker_ends() -> None:
-    def function(job: RunningJob) -> str:
-        from multiprocessing.shared_memory import SharedMemory
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_shared_memory_of_the_driver_outlives_the_workers_that_looked_at_it(method: str) -> None:
+    def function(job: RunningJob) -> int:
+        attached: Any = SharedMemory(job["name"])
+        try:
+            return int(attached.buf[0])
+        finally:
+            attached.close()
 
-        return SharedMemory(create=True, size=100).name
-
-    names = outputs(run(function, [{}] * 10, max_jobs_per_worker=2, batching=False))
-    assert [name for name in names if Path("/dev/shm", name).exists()] == []  # noqa: S108 - as above
+    memory: Any = SharedMemory(create=True, size=100)
+    try:
+        memory.buf[0] = 42
+        for _ in range(3):
+            jobs = run(function, [{"name": memory.name}] * 4, method, max_jobs_per_worker=1, batching=False)
+            assert errors(jobs) == []
+            assert outputs(jobs) == [42] * 4
+    finally:
+        memory.close()
+        memory.unlink()
 
 
 # -- output ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import signal
 import sys
 
 # The one in signal makes enums of what it gives; typeshed leaves the C module out.
-from _signal import pthread_sigmask  # type: ignore[import-not-found]
+from _signal import pthread_sigmask, sigpending  # type: ignore[import-not-found]
 from time import monotonic  # by its name, as a job may put another in its place there
 from typing import Any, Final
 
@@ -43,9 +43,10 @@ class Leftovers:
         self.streams.note(are_own=is_captured)
         for timer in _TIMERS:  # one of the set-up is for all jobs
             left, interval = signal.getitimer(timer)
-            self._until[timer] = math.inf if interval else monotonic() + left if left else 0.0
+            is_by_the_clock = timer == signal.ITIMER_REAL and not interval
+            self._until[timer] = 0.0 if not left else monotonic() + left if is_by_the_clock else math.inf
         self._mask = pthread_sigmask(signal.SIG_BLOCK, ())
-        atexit.register(functools.partial(_end_resource_tracker, os.getpid()))  # first, so that it runs last
+        atexit.register(functools.partial(_kill_resource_tracker, os.getpid()))  # first, so that it runs last
 
     def stop_alarm(self) -> None:
         """Switch off the timer that a job sets to be interrupted in time."""
@@ -53,21 +54,28 @@ class Leftovers:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def undo(self) -> None:
-        """Between messages: open what is closed, switch off what is set, let through the signals that are held."""
+        """Between messages: open what is closed, switch off what is set, block no signals any more."""
         self.streams.restore()
         now = monotonic()
         for timer, until in self._until.items():
             if now > until:
                 signal.setitimer(timer, 0.0)
-        pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        blocked = pthread_sigmask(signal.SIG_BLOCK, ())
+        if blocked != self._mask:
+            for number in sigpending() & (blocked - self._mask):  # they were for a job that has ended
+                if hasattr(signal, "sigtimedwait"):  # macOS has none
+                    signal.sigtimedwait((number,), 0)
+            pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
 
-def _end_resource_tracker(pid: int) -> None:
-    """Give multiprocessing's own, if a job has had it started, the time to remove what the jobs have not removed.
+def _kill_resource_tracker(pid: int) -> None:
+    """End multiprocessing's own, if a job has had it started, before it takes notice that the worker ends.
 
-    It does that at its end, but is of the worker's process group, which ends with the worker.
+    It would remove the shared memory that jobs have made and forgotten; but up to Python 3.12 also what they have only
+    attached to, such as the driver's. (multiprocessing's workers share the driver's tracker.)
     """
     tracker: Any = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", None)
-    if os.getpid() == pid and getattr(tracker, "_pid", None) is not None:  # else it is another process's
-        with contextlib.suppress(Exception):  # it is not part of what multiprocessing promises to have
-            tracker._stop()
+    number = getattr(tracker, "_pid", None)
+    if os.getpid() == pid and number is not None:  # else it is another process's
+        with contextlib.suppress(OSError):
+            os.kill(number, signal.SIGKILL)

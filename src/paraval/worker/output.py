@@ -56,15 +56,18 @@ class StandardStreams:
     def __init__(self) -> None:
         self._descriptors: list[tuple[int, int, _Identity | None]] = []
         self._streams: list[tuple[str, int, Any, str | None, str | None]] = []
-        self._are_own = False
+        self._blocking: set[int] = set()
+        self._at_first = {fd: _identity(fd) for fd in (1, 2)}
 
     def note(self, *, are_own: bool) -> None:
         """Note what they are now.
 
         Args:
-            are_own: whether they are pipes that nobody but this process, and what it starts, writes to.
+            are_own: whether they were pipes at first that nobody but this process, and what it starts, writes to.
         """
-        self._are_own = are_own
+        if are_own:
+            now = {fd: _identity(fd) for fd in (1, 2)}  # the set-up may have put something else there
+            self._blocking = {fd for fd in now if now[fd] == self._at_first[fd] and now[fd] and os.get_blocking(fd)}
         for fd in (1, 2):
             with contextlib.suppress(OSError):  # it is closed, or no more files may be opened
                 self._descriptors.append((fd, os.dup(fd), _identity(fd)))
@@ -82,7 +85,7 @@ class StandardStreams:
             if _identity(fd) != is_what and _identity(kept) == is_what:  # else a job has closed that, too
                 with contextlib.suppress(OSError):
                     os.dup2(kept, fd)
-            if self._are_own:
+            if fd in self._blocking:
                 with contextlib.suppress(OSError):
                     os.set_blocking(fd, True)
         for at, (name, fd, stream, encoding, errors) in enumerate(self._streams):

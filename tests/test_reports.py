@@ -19,7 +19,7 @@ from paraval.backends.base import Batch, Returned
 from paraval.backends.process import ProcessBackend
 from paraval.backends.process_slot import ProcessSlot, _Load
 from paraval.callback import Callback
-from paraval.engine.ledger import Ledger
+from paraval.engine.ledger import Booking, Ledger
 from paraval.engine.notify import Notifier
 from paraval.engine.recorder import Recorder
 from paraval.engine.running.attempts import Attempts
@@ -292,8 +292,9 @@ async def test_a_job_that_a_worker_had_counts_as_begun(anyio_backend: str) -> No
     recorder = Recorder(storage, None, "me", Notifier([]), ledger)
     settling = Settling(recorder, Attempts(1), lambda *_: None, lambda: 7.0, Loop.running())
     job = Job(storage.create_new_job(storage.create_new_search()), {})
-    ledger.reserve(1, 10)
-    ledger.expect([job], 0.0)
+    booking = Booking()
+    ledger.reserve(booking, 1, 10)
+    ledger.expect(booking, [job], 0.0)
     settling.open[job.id] = job
     job._holder = cast("Any", object())
     ledger.started(1)

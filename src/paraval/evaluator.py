@@ -27,6 +27,7 @@ from paraval.engine import (
     Gate,
     Gathered,
     Intake,
+    Launch,
     Ledger,
     Lifecycle,
     Notifier,
@@ -307,53 +308,45 @@ class Evaluator(ReferenceNames, abc.ABC):
         """
         self._refuse_submission()
         waiting = checks.configurations(args_list)
-        wanted = len(waiting)
+        wanted, before = len(waiting), self._life.closes
         closes: int | None = None
         while waiting:
-            self._refuse_if_closed_since(closes, wanted, len(waiting))
-            room = self._ledger.reserve(len(waiting), self._max_pending)
-            if room:
-                self._intake.launch(waiting[:room])
-                waiting = waiting[room:]
-                closes = self._life.closes
-            else:
+            launch = self._launch(waiting, wanted, closes)
+            waiting, closes = waiting[launch.counted :], launch.handover.closes
+            if not launch.counted:
+                closes = before if closes is None else closes
                 self._life.refuse_on_home("submit() with max_pending", "submit_async()")
-                closes = self._life.closes if closes is None else closes
                 self._ledger.wait(self._has_room, self._life.check)
 
     async def submit_async(self, args_list: Sequence[Args]) -> None:
         """Start jobs as :meth:`submit` does; where ``max_pending`` asks for it, wait without blocking the loop."""
         self._refuse_submission()
         waiting = checks.configurations(args_list)
-        wanted = len(waiting)
+        wanted, before = len(waiting), self._life.closes
         closes: int | None = None
         while waiting:
-            self._refuse_if_closed_since(closes, wanted, len(waiting))
             await self._life.wait_until_closed()
-            if self._intake.is_slow:
-                await anyio.lowlevel.checkpoint_if_cancelled()  # from here on there is no way back
-            room = self._ledger.reserve(len(waiting), self._max_pending)
-            if room:
-                await self._launch_async(waiting[:room])
-                waiting = waiting[room:]
-                closes = self._life.closes
-            else:
-                closes = self._life.closes if closes is None else closes
+            launch = await self._call_slow(functools.partial(self._launch, waiting, wanted, closes))
+            waiting, closes = waiting[launch.counted :], launch.handover.closes
+            if not launch.counted:
+                closes = before if closes is None else closes
                 await self._ledger.wait_async(self._has_room, self._life.check_from_here)
 
-    async def _launch_async(
-        self, configurations: list[Args], private: Callable[[], object] | None = None, launched: list[Job] | None = None
-    ) -> None:
-        """Launch jobs; they are added to ``launched``, also where a cancellation is raised in the end."""
-        into = [] if launched is None else launched
+    async def _call_slow(self, launch: Callable[[], Launch]) -> Launch:
+        """Call what may wait for a disk or a network; a cancellation cannot come in the middle of it."""
         if not self._intake.is_slow:
-            into += self._intake.launch(configurations, private)
-            return
+            return launch()
+        await anyio.lowlevel.checkpoint_if_cancelled()  # from here on there is no way back
+        return await to_the_end(functools.partial(call_in_common_thread, launch))
 
-        async def launch() -> None:
-            into.extend(await call_in_common_thread(self._intake.launch, configurations, private))
-
-        await to_the_end(launch)  # a cancellation must not come between recording and launching
+    def _launch(self, waiting: list[Args], wanted: int, closes: int | None) -> Launch:
+        """Launch what there is room for; the first part, if none was yet, opens the evaluator."""
+        try:
+            self._refuse_if_closed_since(closes, wanted, len(waiting))
+            return self._intake.launch(waiting, self._max_pending, closes)
+        except EvaluatorClosedError:
+            self._refuse_if_closed_since(closes, wanted, len(waiting))
+            raise
 
     def _refuse_submission(self) -> None:
         self._life.refuse_after_fork()
@@ -463,14 +456,16 @@ class Evaluator(ReferenceNames, abc.ABC):
         self._life.refuse_on_home("evaluate()", "evaluate_async()")
         gate = Gate()
         taken = checks.configuration(args)
-        self._ledger.reserve(1, None)  # its caller waits anyway: back-pressure would gain nothing
-        (job,) = self._intake.launch([taken], gate.open)
-        try:
+        launched: list[Job] = []
+        try:  # whatever is pending: its caller waits anyway, and back-pressure would gain nothing
+            self._intake.launch([taken], private=gate.open, into=launched)
             gate.wait(self._life.check)
         except BaseException:
-            self._cancel(job, "its caller was interrupted")
-            self._gathered.stamp([job], are_private=True)  # by nobody else, ever
+            for job in launched:
+                self._cancel(job, "its caller was interrupted")
+            self._gathered.stamp(launched, are_private=True)  # by nobody else, ever
             raise
+        (job,) = launched
         self._refuse_lost(job)
         self._gathered.add([job], are_private=True)
         return self._raise_failures([job])[0]
@@ -481,10 +476,10 @@ class Evaluator(ReferenceNames, abc.ABC):
         await self._life.wait_until_closed()
         ended = Loop.running().event()
         taken = checks.configuration(args)
-        self._ledger.reserve(1, None)  # its caller waits anyway: back-pressure would gain nothing
         launched: list[Job] = []
-        try:
-            await self._launch_async([taken], waker(ended), launched)
+        try:  # likewise whatever is pending
+            launch = functools.partial(self._intake.launch, [taken], private=waker(ended), into=launched)
+            await self._call_slow(launch)
             await until_set(ended, self._life.check_from_here)
         except EvaluatorClosedError:
             raise  # nobody is left to cancel it

@@ -158,6 +158,9 @@ class Loop:
             except RuntimeError:  # asyncio: the loop is closed; trio: RunFinishedError
                 self._rung = False  # so that the next one hears of it too
                 return False
+            except BaseException:  # Ctrl-C: it may not have rung, and so the next one shall
+                self._rung = False
+                raise
         return True
 
     def _answer(self) -> None:

@@ -2,7 +2,7 @@
 
 from paraval.engine.engine import Engine, EngineSettings
 from paraval.engine.gathered import Gathered
-from paraval.engine.intake import Intake
+from paraval.engine.intake import Intake, Launch
 from paraval.engine.known.others import Others
 from paraval.engine.ledger import Gate, Ledger, Statistics
 from paraval.engine.life.lifecycle import Lifecycle
@@ -16,6 +16,7 @@ __all__ = [
     "Gate",
     "Gathered",
     "Intake",
+    "Launch",
     "Ledger",
     "Lifecycle",
     "Notifier",

@@ -9,9 +9,17 @@ class Handover:
     """Who comes first has the jobs: the engine, or whoever calls them off. From any two threads, without a lock.
 
     An interrupted submit (Ctrl-C may come between any two calls) cannot know how far it has come, but for this.
+
+    Args:
+        closes: see below.
+
+    Attributes:
+        closes: how often the evaluator may have been closed for the engine to have them; None: however often. Once it
+            was given them: how often it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, closes: int | None = None) -> None:
+        self.closes = closes
         self._free = [None]  # to take an item from a list is one operation of the interpreter
         self._is_off = False
 

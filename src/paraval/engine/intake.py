@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from paraval.checks import Args
 from paraval.engine.collector import collector_at_rest, those_that_stayed_may_go
 from paraval.engine.handover import Handover
-from paraval.engine.ledger import Ledger
+from paraval.engine.ledger import Booking, Ledger
 from paraval.engine.life.lifecycle import Lifecycle
 from paraval.engine.notify import Notifier
 from paraval.engine.running.following import take_over
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from paraval.engine.known.answers import Known
     from paraval.engine.known.recall import Recall
 
-__all__ = ["Intake"]
+__all__ = ["Intake", "Launch"]
 
 _CLOSE_S: Final = 2.0
 """How long a close waits for the storage."""
@@ -48,24 +48,38 @@ class _New:
     known: Sequence[Known] = ()
 
 
-class _Launch:
+class Launch:
     """How far a launch has come: whatever interrupts it, Ctrl-C too, it is undone, or done.
 
     Attributes:
-        counted: how many jobs ``num_submitted`` has in it.
-        new: the jobs that the ledger expects, or is about to.
-        is_expected: whether it does.
-        is_listed: whether they are in ``jobs``.
+        private: told when a job ends, and nobody else is; None: they are for whoever gathers.
+        into: the list that the jobs are added to.
+        booking: what the ledger has noted of them.
+        counted: how many of them are in ``num_submitted``.
+        stamp: when their records were about to be inserted, which is in their metadata; None: they were not.
+        ids: of the records that were inserted and are no other launch's; None: it is not known yet.
+        new: the jobs.
+        is_listed: whether they are in ``into``.
         handover: of the jobs to the engine.
     """
 
-    def __init__(self, private: Callable[[], object] | None) -> None:
+    __slots__ = ("booking", "counted", "handover", "ids", "into", "is_listed", "new", "private", "stamp")
+
+    def __init__(self, private: Callable[[], object] | None, into: list[Job], closes: int | None) -> None:
         self.private = private
+        self.into = into
+        self.booking = Booking()
         self.counted = 0
+        self.stamp: float | None = None
+        self.ids: Sequence[str] | None = None
         self.new = _New()
-        self.is_expected = False
         self.is_listed = False
-        self.handover = Handover()
+        self.handover = Handover(closes)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the jobs are somebody's own."""
+        return self.private is not None
 
 
 class Intake:
@@ -149,20 +163,33 @@ class Intake:
         """Whether a launch may wait for a disk or a network."""
         return self._writer is not None
 
-    def launch(self, configurations: Sequence[Args], private: Callable[[], object] | None = None) -> list[Job]:
-        """Make jobs, record them, and give them to the engine. The ledger has room for them.
+    def launch(
+        self,
+        configurations: Sequence[Args],
+        most_pending: int | None = None,
+        closes: int | None = None,
+        *,
+        private: Callable[[], object] | None = None,
+        into: list[Job] | None = None,
+    ) -> Launch:
+        """Make jobs, record them, and give them to the engine: as many, from the first on, as there is room for.
 
         Args:
             configurations: one for each job.
+            most_pending: how many jobs may be pending then; None: any number.
+            closes: how often the evaluator may have been closed; None: however often.
             private: told when one ends, and nobody else is; None: they are for whoever gathers.
+            into: the list that they are added to, also where this is interrupted when the engine has them; None:
+                ``jobs``.
 
         Raises:
             MaximumJobsSpawnReached: the limit was met; the jobs that fitted under it were launched.
             StorageError: they could not be recorded, and none was launched.
+            EvaluatorClosedError: somebody has closed the evaluator, or the loop is gone; likewise.
         """
-        wanted = len(configurations)
-        launch = _Launch(private)
+        launch = Launch(private, self.jobs if into is None else into, closes)
         try:
+            wanted = self._ledger.reserve(launch.booking, len(configurations), most_pending)
             with self._counting:
                 limit = self.most
                 count = wanted if limit is None else max(0, min(wanted, limit - self.num_submitted))
@@ -170,50 +197,47 @@ class Intake:
                 launch.counted = count
             if count:
                 self._launch_all(configurations[:count], launch)
+            if count < wanted:
+                self._ledger.release(launch.booking, count)
         except BaseException as exc:
-            if launch.handover.call_off():  # else the engine has them by now
+            if launch.handover.call_off():
                 self._undo(launch, exc)
-                self._ledger.release(wanted)
-            elif private is None and not launch.is_listed:
-                self.jobs += launch.new.jobs
+            else:  # the engine has them by now
+                if not launch.is_listed:
+                    launch.into += launch.new.jobs
+                self._ledger.release(launch.booking, launch.counted)
             raise
         if count < wanted:
-            self._ledger.release(wanted - count)
             raise MaximumJobsSpawnReached(f"the maximum of {self._limit} jobs was reached")
-        return launch.new.jobs
+        return launch
 
-    def _launch_all(self, configurations: Sequence[Args], launch: _Launch) -> None:
+    def _launch_all(self, configurations: Sequence[Args], launch: Launch) -> None:
         count = len(configurations)
-        private = launch.private
         if count > _MANY:
             with collector_at_rest(count):
-                new = self._make(configurations, is_private=private is not None)
+                self._make(configurations, launch)
         else:
-            new = self._make(configurations, is_private=private is not None)
-        launch.new = new
+            self._make(configurations, launch)
+        new = launch.new
         jobs = new.jobs
-        self._ledger.expect(jobs, self._clock(), private)
-        launch.is_expected = True
+        self._ledger.expect(launch.booking, jobs, self._clock(), launch.private)
         if self._notifier.callbacks:
-            self._announce(jobs, 0 if private is not None else len(jobs))
+            self._announce(jobs, 0 if launch.is_private else len(jobs))
         self._life.submit(jobs, new.outcomes, new.sources, launch.handover)
-        if private is None:
-            self.jobs += jobs
-            launch.is_listed = True
+        launch.into += jobs
+        launch.is_listed = True
 
-    def _undo(self, launch: _Launch, exc: BaseException) -> None:
+    def _undo(self, launch: Launch, exc: BaseException) -> None:
         with self._counting:
             self.num_submitted -= launch.counted
-        jobs, known = launch.new.jobs, launch.new.known
-        if launch.is_expected:
-            self._ledger.forget(jobs)
+        self._ledger.forget(launch.booking)
         if launch.is_listed:
-            gone = set(map(id, jobs))
-            self.jobs[:] = [job for job in self.jobs if id(job) not in gone]
-        if jobs:
-            self._call_off([job.id for at, job in enumerate(jobs) if not known or known[at].record is None], exc)
-            if self._recall is not None:
-                self._recall.give_back(known, is_private=launch.private is not None)
+            gone = set(map(id, launch.new.jobs))
+            launch.into[:] = [job for job in launch.into if id(job) not in gone]
+        if launch.stamp is not None:
+            self._call_off(launch, launch.stamp, exc)
+        if self._recall is not None:
+            self._recall.give_back(launch.new.known, is_private=launch.is_private)
 
     def _announce(self, jobs: Sequence[Job], public: int) -> None:
         here = threading.get_ident()
@@ -238,7 +262,7 @@ class Intake:
         if announced and (size is None or ledger.ungathered + ledger.in_flight - announced < size):
             raise UsageError("gather() in on_launch() would wait for jobs that are submitted when that has returned")
 
-    def _make(self, configurations: Sequence[Args], *, is_private: bool) -> _New:
+    def _make(self, configurations: Sequence[Args], launch: Launch) -> None:
         if self._writer is not None:
             self._writer.hold(self._owner)
         elif not self._holds:
@@ -246,45 +270,55 @@ class Intake:
             self._holds = True
         recall = self._recall
         if recall is not None:
+            is_private = launch.is_private
             known = patiently(lambda: recall.look_up(configurations, self.job_class, is_private=is_private))
-            try:
-                return self._make_known(configurations, known, is_private=is_private)
-            except BaseException:
-                recall.give_back(known, is_private=is_private)
-                raise
-        return _New(self._make_jobs(configurations, is_private=is_private))
+            launch.new = _New(known=known)  # they are given back, whatever comes
+            self._make_known(configurations, launch)
+        else:
+            launch.new = _New(self._make_jobs(configurations, launch))
 
-    def _make_jobs(self, configurations: Sequence[Args], *, is_private: bool) -> list[Job]:
+    def _make_jobs(self, configurations: Sequence[Args], launch: Launch) -> list[Job]:
         make, storage, context, function = self.job_class, self._storage, self._context, self._function
         name, owner, now = self._function_name, self._owner, self._clock()
         all_args = list(map(dict, configurations))
         if len(all_args) >= _ENOUGH and make in OURS and self._writer is None and self._recall is None:
             notes = Notes(now, len(all_args))
-            job_ids = self._insert(NewJobs(all_args, notes, name, owner, is_private))
+            job_ids = self._insert(NewJobs(all_args, notes, name, owner, launch.is_private), now, launch)
             return make_jobs(make, all_args, Submission(job_ids, function, storage, context, now, notes))
         all_metadata = [{"timestamp_submit": now} for _ in configurations]
-        job_ids = self._insert(NewJobs(all_args, all_metadata, name, owner, is_private))
+        job_ids = self._insert(NewJobs(all_args, all_metadata, name, owner, launch.is_private), now, launch)
         jobs = []
-        try:
-            for job_id, args, metadata in zip(job_ids, all_args, all_metadata, strict=True):
-                job = make(job_id, args, function, storage)
-                job.context = context
-                job._submitted = now
-                job.metadata = metadata
-                jobs.append(job)
-        except BaseException as exc:  # a class of the user's
-            self._call_off(job_ids, exc)
-            raise
+        for job_id, args, metadata in zip(job_ids, all_args, all_metadata, strict=True):
+            job = make(job_id, args, function, storage)
+            job.context = context
+            job._submitted = now
+            job.metadata = metadata
+            jobs.append(job)
         return jobs
 
-    def _call_off(self, job_ids: Sequence[str], exc: BaseException) -> None:
+    def _call_off(self, launch: Launch, stamp: float, exc: BaseException) -> None:
         """Record of jobs that there will be none: who resumes the search would wait for them."""
         error = error_from_exception(exc)._replace(kind="cancelled")
-        cancelled = JobStatus.CANCELLED.value
+        cancelled, owner = JobStatus.CANCELLED.value, self._owner
         with contextlib.suppress(Exception):  # the storage may be what failed; and this is not what is to be told
-            self._storage.update([JobChange(job_id, status=cancelled, error=error) for job_id in job_ids])
+            job_ids = launch.ids
+            if job_ids is None:
+                job_ids = [] if isinstance(exc, ParavalError) else self._stamped(stamp)
+            if job_ids:
+                self._storage.update([JobChange(it, status=cancelled, error=error, by=owner) for it in job_ids])
 
-    def _insert(self, jobs: NewJobs) -> Sequence[str]:
+    def _stamped(self, stamp: float) -> list[str]:
+        """Look for what an insertion has left that was interrupted: nobody knows whether it came to its end."""
+        records, _ = self._storage.scan(self._search_id)
+        mine = (record for record in records if record.owner == self._owner and record.metadata)
+        return [record.id for record in mine if (record.metadata or {}).get("timestamp_submit") == stamp]
+
+    def _insert(self, jobs: NewJobs, stamp: float, launch: Launch) -> Sequence[str]:
+        launch.stamp = stamp
+        launch.ids = job_ids = self._insert_all(jobs)
+        return job_ids
+
+    def _insert_all(self, jobs: NewJobs) -> Sequence[str]:
         try:
             if self._writer is None and len(jobs.args) > 1:  # which costs a job that comes alone more
                 return self._storage.insert_jobs(self._search_id, jobs)
@@ -302,14 +336,14 @@ class Intake:
             raise StorageError(f"the storage failed, so the jobs were not submitted: {what}") from exc
         return [record.id for record in records]
 
-    def _make_known(self, configurations: Sequence[Args], known: Sequence[Known], *, is_private: bool) -> _New:
+    def _make_known(self, configurations: Sequence[Args], launch: Launch) -> None:
         """Make jobs: some under the ids of records that exist, some that will not be run."""
+        is_private, known = launch.is_private, list(launch.new.known)
         missing = [index for index, one in enumerate(known) if one.record is None]
-        known = list(known)
         by_index: dict[int, Job] = {}
         if missing and (recall := self._recall) is not None:
             lacking = [configurations[index] for index in missing]
-            made = self._make_jobs(lacking, is_private=is_private)
+            made = self._make_jobs(lacking, launch)
             job_ids = [job.id for job in made]
             met = patiently(lambda: recall.meet_rivals(job_ids, lacking, self.job_class, is_private=is_private))
             for index, one in zip(missing, met, strict=True):
@@ -317,6 +351,8 @@ class Intake:
                     by_index[index] = made[one]
                 else:
                     known[index] = one
+            launch.new.known = known
+            launch.ids = [made[one].id for one in met if isinstance(one, int)]
         new = _New(known=known)
         for index, (configuration, one) in enumerate(zip(configurations, known, strict=True)):
             job = by_index.get(index) or self._make_again(configuration, one.record)
@@ -331,7 +367,7 @@ class Intake:
                 new.sources[job.id] = new.jobs[one.twin].id
             elif one.source is not None:
                 new.sources[job.id] = one.source
-        return new
+        launch.new = new
 
     def _make_again(self, configuration: Args, record: JobRecord | None) -> Job:
         job = self.job_class("" if record is None else record.id, dict(configuration), self._function, self._storage)

@@ -19,7 +19,7 @@ from paraval.errors import ParavalError
 from paraval.job import Job, JobStatus
 from paraval.loops import Event, Loop
 
-__all__ = ["Gate", "Ledger", "Statistics", "until_set", "waker"]
+__all__ = ["Booking", "Gate", "Ledger", "Statistics", "until_set", "waker"]
 
 _CANCELLED: Final = JobStatus.CANCELLED
 _LIVENESS_S: Final = 0.5
@@ -50,6 +50,28 @@ class Statistics:
     cancelled: int
     utilisation: float
     callback_errors: int = 0
+
+
+class Booking:
+    """What the ledger has noted of jobs that are being submitted: whatever interrupts that, it can be undone.
+
+    It says so at every moment at which Ctrl-C may come, which is where a function begins, a call of one in C ends, or a
+    loop goes round: what is noted here, and what that stands for, follow each other without any of these.
+
+    Attributes:
+        room: for how many of them there is room, which is theirs.
+        jobs: those that may be in the mailbox's list of private ones.
+        expected: how many are expected.
+        is_private: whether somebody of their own waits for them.
+    """
+
+    __slots__ = ("expected", "is_private", "jobs", "room")
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.jobs: Sequence[Job] = ()
+        self.expected = 0
+        self.is_private = False
 
 
 class _Waiter:
@@ -127,24 +149,31 @@ class Ledger:
 
     # -- the engine's side ---------------------------------------------------------------------------------------------
 
-    def reserve(self, wanted: int, most_pending: int | None) -> int:
+    def reserve(self, booking: Booking, wanted: int, most_pending: int | None) -> int:
         """Make room for jobs that are to be submitted; give how many may be, so that at most so many are pending."""
         with self._lock:
             room = wanted if most_pending is None else max(0, min(wanted, most_pending - self.pending))
             self.pending += room
-            return room
+            booking.room = room
+        return room
 
-    def expect(self, jobs: Sequence[Job], now: float, private: Callable[[], object] | None = None) -> None:
+    def expect(
+        self, booking: Booking, jobs: Sequence[Job], now: float, private: Callable[[], object] | None = None
+    ) -> None:
         """Note jobs that are being submitted, after :meth:`reserve`; private ones go to ``private()``."""
+        count = len(jobs)
         with self._lock:
             if self.first_submit is None:
                 self.first_submit = now
-            self.submitted += len(jobs)
+            booking.jobs = jobs
             if private is None:
-                self.in_flight += len(jobs)
+                self.in_flight += count
             else:
+                booking.is_private = True
                 for job in jobs:
                     self._private[job.id] = private
+            self.submitted += count
+            booking.expected = count
 
     def started(self, count: int) -> None:
         """Note that jobs left the queue for a worker (negative: that they came back)."""
@@ -209,10 +238,11 @@ class Ledger:
             ready = self._take_ready()
         _wake(ready)
 
-    def release(self, count: int) -> None:
-        """Undo :meth:`reserve`."""
+    def release(self, booking: Booking, left: int) -> None:
+        """Undo :meth:`reserve`, but for so many jobs."""
         with self._lock:
-            self.pending -= count
+            self.pending -= booking.room - left
+            booking.room = left
             ready = self._take_ready()
         _wake(ready)
 
@@ -220,13 +250,16 @@ class Ledger:
         """Whether the job belongs to whoever evaluates it, and not to gather."""
         return job.id in self._private
 
-    def forget(self, jobs: Sequence[Job]) -> None:
-        """Undo :meth:`expect` for jobs that could not be submitted."""
+    def forget(self, booking: Booking) -> None:
+        """Undo :meth:`expect` and :meth:`reserve` for jobs that could not be submitted."""
         with self._lock:
-            self.submitted -= len(jobs)
-            for job in jobs:
-                if self._private.pop(job.id, None) is None:
-                    self.in_flight -= 1
+            for job in booking.jobs if booking.is_private else ():
+                self._private.pop(job.id, None)
+            self.submitted -= booking.expected
+            if not booking.is_private:
+                self.in_flight -= booking.expected
+            booking.expected = 0
+        self.release(booking, 0)
 
     def _count(self, jobs: Sequence[Job]) -> None:
         self.settled += len(jobs)

@@ -33,6 +33,9 @@ class Leftovers:
         self.streams = StandardStreams()
         self._until = dict.fromkeys(_TIMERS, math.inf)
         self._mask: set[int] = set()
+        # Before the program brings any: what is registered first is called last, and multiprocessing's own lets its
+        # locks go at the end of the process, for which it starts another tracker if there is none.
+        atexit.register(functools.partial(_kill_resource_tracker, os.getpid()))
 
     def begin(self, *, is_captured: bool) -> None:
         """Note how things are: the set-up is over.
@@ -46,7 +49,6 @@ class Leftovers:
             is_by_the_clock = timer == signal.ITIMER_REAL and not interval
             self._until[timer] = 0.0 if not left else monotonic() + left if is_by_the_clock else math.inf
         self._mask = pthread_sigmask(signal.SIG_BLOCK, ())
-        atexit.register(functools.partial(_kill_resource_tracker, os.getpid()))  # first, so that it runs last
 
     def stop_alarm(self) -> None:
         """Switch off the timer that a job sets to be interrupted in time."""

@@ -58,6 +58,7 @@ class Lifecycle:
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._is_left = False  # who closes it was interrupted: it stops, and who comes next goes on with the close
         self.closes = 0
         self._home: CallersHome | None = None
         self._pid = os.getpid()
@@ -125,7 +126,7 @@ class Lifecycle:
         """Give jobs to the engine (see :meth:`Engine.submit`); open one if there is none.
 
         Raises:
-            EvaluatorClosedError: the loop is gone.
+            EvaluatorClosedError: the loop is gone, or somebody has closed the evaluator who should not have.
         """
         while not self._submit_unless_closing(jobs, outcomes, sources, handover):
             engine = self._engine
@@ -133,7 +134,10 @@ class Lifecycle:
                 self._end_close(engine)
                 continue
             self.refuse_on_home("a submit() while the evaluator is being closed", "submit_async()")
-            self._ledger.wait(lambda: not self._closing, self.check, despite_failure=True)
+            if self._is_left:
+                self.close()
+            else:
+                self._ledger.wait(self._nobody_closes, self.check, despite_failure=True)
 
     def _submit_unless_closing(
         self,
@@ -143,15 +147,24 @@ class Lifecycle:
         handover: Handover,
     ) -> bool:
         with self._lock:
+            if handover.closes is not None and handover.closes != self.closes:
+                raise EvaluatorClosedError("the evaluator was closed before all jobs were submitted")
             if self._closing:
                 return False
+            handover.closes = self.closes
             self._open(len(jobs) - len(outcomes) - len(sources)).submit(jobs, outcomes, sources, handover)
             return True
 
     async def wait_until_closed(self) -> None:
         """Where somebody closes the evaluator at this moment, wait for that without blocking the loop."""
-        if self._closing:
-            await self._ledger.wait_async(lambda: not self._closing, despite_failure=True)
+        while self._closing:
+            if self._is_left:
+                await to_the_end(functools.partial(self.aclose, []))
+            else:
+                await self._ledger.wait_async(self._nobody_closes, despite_failure=True)
+
+    def _nobody_closes(self) -> bool:
+        return self._is_left or not self._closing
 
     def _open(self, jobs: int) -> Engine:
         engine = self._engine
@@ -195,16 +208,17 @@ class Lifecycle:
             UsageError: called on the loop that runs the jobs.
         """
         self.refuse_on_home("close()", "aclose()")
-        engine = self._begin_close()
-        if engine is None:
-            self._ledger.wait(lambda: not self._closing, despite_failure=True, timeout=self._patience)
-            return []
+        while (engine := self._begin_close()) is None:
+            self._ledger.wait(self._nobody_closes, despite_failure=True, timeout=self._patience)
+            if not self._is_left:
+                return []
         try:
-            self._ledger.wait(lambda: engine.ended, engine.check, self._patience, despite_failure=True)
-        except EvaluatorClosedError:
-            pass  # the loop is gone; what it left is settled below
-        finally:
+            with contextlib.suppress(EvaluatorClosedError):  # the loop is gone; what it left is settled here
+                self._ledger.wait(lambda: engine.ended, engine.check, self._patience, despite_failure=True)
             thread = self._end_close(engine)
+        except BaseException:  # Ctrl-C
+            self._leave(engine)
+            raise
         if thread is not None:
             thread.join(_JOIN_S)
         return engine.given_back
@@ -214,30 +228,51 @@ class Lifecycle:
 
         Nobody cancels this but a loop that ends: it is called by ``to_the_end``.
         """
-        engine = self._begin_close()
+        while (engine := self._begin_close()) is None:
+            with anyio.move_on_after(self._patience):
+                await self._ledger.wait_async(self._nobody_closes, despite_failure=True)
+            if not self._is_left:
+                return
         thread = None
         try:
             with anyio.move_on_after(self._patience):
-                done = (lambda: not self._closing) if engine is None else (lambda: engine.ended)
-                await self._ledger.wait_async(done, despite_failure=True)
+                await self._ledger.wait_async(lambda: engine.ended, despite_failure=True)
         finally:
-            if engine is not None:
-                thread = self._end_close(engine)
-                cancelled += engine.given_back
+            thread = self._end_close(engine)
+            cancelled += engine.given_back
         if thread is not None:
             await call_in_thread(thread.join, _JOIN_S)
 
     def _begin_close(self) -> Engine | None:
         """Ask the engine to stop; None when there is none, or when another thread closes it already."""
-        with self._lock:
-            engine = self._engine
-            if engine is None or (self._closing and not _is_abandoned(engine)):  # else nobody goes on with the close
-                return None
-            self._closing = True
-            self.closes += 1
-        with contextlib.suppress(EvaluatorClosedError):  # the loop is gone; what it left is settled by _end_close
-            engine.stop()
+        mine: Engine | None = None
+        try:
+            with self._lock:
+                engine = self._engine
+                if engine is None:
+                    return None
+                if not self._closing:
+                    self.closes += 1
+                elif not self._is_left and not _is_abandoned(engine):  # else nobody goes on with the close
+                    return None
+                self._is_left = False
+                self._closing = True
+                mine = engine
+            with contextlib.suppress(EvaluatorClosedError):  # the loop is gone; what it left is settled by _end_close
+                engine.stop()
+        except BaseException:  # Ctrl-C
+            if mine is not None:
+                with contextlib.suppress(EvaluatorClosedError):
+                    mine.stop()
+                self._leave(mine)
+            raise
         return engine
+
+    def _leave(self, engine: Engine) -> None:
+        """Let another go on with a close that was interrupted: the engine stops, but may need its time for that."""
+        with self._lock:
+            self._is_left = self._engine is engine
+        self._ledger.look_again()
 
     def _end_close(self, engine: Engine) -> threading.Thread | None:
         if not engine.ended:
@@ -247,7 +282,7 @@ class Lifecycle:
                 return None
             thread, self._thread = self._thread, None
             self._engine = None
-            self._closing = False
+            self._is_left = self._closing = False
         self._ledger.reopen()  # what was saved at the second try can be gathered
         self._ledger.look_again()
         return thread if engine.ended else None

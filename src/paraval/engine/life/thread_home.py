@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import anyio
 
 from paraval.engine.engine import Engine
 from paraval.engine.ledger import Gate
+from paraval.errors import EvaluatorClosedError
 from paraval.loops import Loop
 
 __all__ = ["run_in_thread"]
@@ -25,10 +27,13 @@ def run_in_thread(make_engine: Callable[[Loop], Engine]) -> tuple[Engine, thread
     opened = Gate()
     engine: Engine | None = None
     failure: BaseException | None = None
+    is_wanted = True
 
     async def live() -> None:
         nonlocal engine
         engine = make_engine(Loop.running())
+        if not is_wanted:  # looked at after the engine is there, as below it is written before it is looked for
+            engine.stop()
         await engine.run(opened.open)
 
     def main() -> None:
@@ -42,8 +47,15 @@ def run_in_thread(make_engine: Callable[[Loop], Engine]) -> tuple[Engine, thread
             opened.open()
 
     thread = threading.Thread(target=main, name="paraval-loop", daemon=True)
-    thread.start()
-    opened.wait()
+    try:
+        thread.start()
+        opened.wait()
+    except BaseException:  # Ctrl-C: nobody will ever have the engine
+        is_wanted = False
+        if engine is not None:
+            with contextlib.suppress(EvaluatorClosedError):
+                engine.stop()
+        raise
     if engine is None:
         raise failure if failure is not None else RuntimeError("the evaluator's event loop did not start")
     return engine, thread

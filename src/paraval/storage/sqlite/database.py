@@ -172,8 +172,8 @@ class Database:
             StorageError: it could not be written, and nothing of it was.
         """
         write = _Write(call, is_there)
-        self._queue.append(write)
         try:
+            self._queue.append(write)  # after which Ctrl-C may come
             with self._lock:
                 if not write.is_over:
                     self._write_queue()

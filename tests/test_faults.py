@@ -1191,48 +1191,6 @@ def test_ctrl_c_again_while_it_closes(method: str) -> None:
         assert program.wait() - sent < ENDS_WITHIN_S
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt at one of the points where the interpreter looks for signals.
-
-    They are the begin of a Python function and the end of a C function, here counted while paraval's code is at work.
-    """
-
-    def __init__(self, at: int) -> None:
-        self._left = at
-
-    def __call__(self, frame: Any, event: str, arg: object) -> None:
-        if event in ("call", "c_return") and "paraval" in frame.f_globals.get("__name__", ""):
-            self._left -= 1
-            if self._left == 0:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-
-def test_an_interrupt_anywhere_in_gather_loses_nothing(method: str) -> None:
-    points = 0
-    interrupted = True
-    lost = []
-    with make(method, double, num_workers=2) as evaluator:
-        while interrupted:
-            points += 1
-            evaluator.submit(configurations(2))
-            until(lambda: evaluator.statistics().pending + evaluator.statistics().running == 0)
-            jobs: list[Job] = []
-            interrupted = False
-            sys.setprofile(Interrupter(points))
-            try:
-                jobs = evaluator.gather("ALL")
-            except KeyboardInterrupt:
-                interrupted = True
-            finally:
-                sys.setprofile(None)
-            jobs += evaluator.gather("ALL")
-            if outputs(jobs) != [0.0, 2.0]:
-                lost.append((points, outputs(jobs)))
-    assert lost == []
-    assert points > 10
-
-
 # -- fork --------------------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,6 @@ from paraval import (
     ThreadPoolEvaluator,
 )
 from paraval.callback import Callback
-from paraval.engine.handover import Handover
 from paraval.engine.running.batching import BatchSizer
 from paraval.errors import EvaluatorClosedError, JobFailedError, JobsFailedError, UsageError
 from paraval.storage import MemoryStorage, NullStorage
@@ -792,15 +791,6 @@ def test_a_submit_that_is_interrupted_is_done_or_undone(
         assert evaluator.num_jobs_submitted == evaluator.num_jobs_gathered == len(jobs) == len(evaluator.jobs)
         evaluator.submit(configurations(4))
         assert len(evaluator.gather("ALL")) == 4
-
-
-def test_jobs_on_their_way_are_the_engines_or_nobodys() -> None:
-    to_the_engine, called_off = Handover(), Handover()
-    assert to_the_engine.take()
-    assert not to_the_engine.call_off()
-    assert called_off.call_off()
-    assert called_off.call_off()  # it may be asked again
-    assert not called_off.take()
 
 
 def test_max_pending_lets_every_job_through(method: str) -> None:

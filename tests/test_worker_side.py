@@ -444,6 +444,28 @@ def test_shared_memory_of_the_driver_outlives_the_workers_that_looked_at_it(meth
         memory.unlink()
 
 
+@pytest.mark.parametrize("method", IN_PROCESSES)
+def test_locks_of_multiprocessing_that_a_job_makes_and_keeps_are_let_go_without_a_word(method: str) -> None:
+    program = run_program(
+        f"""
+        import multiprocessing
+        from paraval import Evaluator
+
+        kept = []
+
+        def run(job):
+            kept.extend(multiprocessing.Lock() for _ in range(20))
+            return len(kept)
+
+        for _ in range(4):
+            with Evaluator.create(run, {method!r}, dict(num_workers=1)) as evaluator:
+                print(evaluator.evaluate(dict(x=0)).output)
+        """
+    )
+    assert program.stdout == ["20"] * 4
+    assert program.stderr == ""
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,6 @@ class _New:
     jobs: list[Job] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    known: Sequence[Known] = ()
 
 
 class Launch:
@@ -58,12 +57,13 @@ class Launch:
         counted: how many of them are in ``num_submitted``.
         stamp: when their records were about to be inserted, which is in their metadata; None: they were not.
         ids: of the records that were inserted and are no other launch's; None: it is not known yet.
+        taken: records that stand for some of the jobs: the next submissions shall not meet them again.
         new: the jobs.
         is_listed: whether they are in ``into``.
         handover: of the jobs to the engine.
     """
 
-    __slots__ = ("booking", "counted", "handover", "ids", "into", "is_listed", "new", "private", "stamp")
+    __slots__ = ("booking", "counted", "handover", "ids", "into", "is_listed", "new", "private", "stamp", "taken")
 
     def __init__(self, private: Callable[[], object] | None, into: list[Job], closes: int | None) -> None:
         self.private = private
@@ -72,6 +72,7 @@ class Launch:
         self.counted = 0
         self.stamp: float | None = None
         self.ids: Sequence[str] | None = None
+        self.taken: list[JobRecord] = []
         self.new = _New()
         self.is_listed = False
         self.handover = Handover(closes)
@@ -237,7 +238,7 @@ class Intake:
         if launch.stamp is not None:
             self._call_off(launch, launch.stamp, exc)
         if self._recall is not None:
-            self._recall.give_back(launch.new.known, is_private=launch.is_private)
+            self._recall.give_back(launch.taken, is_private=launch.is_private)
 
     def _announce(self, jobs: Sequence[Job], public: int) -> None:
         here = threading.get_ident()
@@ -270,10 +271,9 @@ class Intake:
             self._holds = True
         recall = self._recall
         if recall is not None:
-            is_private = launch.is_private
-            known = patiently(lambda: recall.look_up(configurations, self.job_class, is_private=is_private))
-            launch.new = _New(known=known)  # they are given back, whatever comes
-            self._make_known(configurations, launch)
+            taken, is_private = launch.taken, launch.is_private
+            known = patiently(lambda: recall.look_up(configurations, self.job_class, taken, is_private=is_private))
+            self._make_known(configurations, known, launch)
         else:
             launch.new = _New(self._make_jobs(configurations, launch))
 
@@ -336,24 +336,23 @@ class Intake:
             raise StorageError(f"the storage failed, so the jobs were not submitted: {what}") from exc
         return [record.id for record in records]
 
-    def _make_known(self, configurations: Sequence[Args], launch: Launch) -> None:
+    def _make_known(self, configurations: Sequence[Args], known: list[Known], launch: Launch) -> None:
         """Make jobs: some under the ids of records that exist, some that will not be run."""
-        is_private, known = launch.is_private, list(launch.new.known)
+        taken, is_private = launch.taken, launch.is_private
         missing = [index for index, one in enumerate(known) if one.record is None]
         by_index: dict[int, Job] = {}
         if missing and (recall := self._recall) is not None:
             lacking = [configurations[index] for index in missing]
             made = self._make_jobs(lacking, launch)
             job_ids = [job.id for job in made]
-            met = patiently(lambda: recall.meet_rivals(job_ids, lacking, self.job_class, is_private=is_private))
+            met = patiently(lambda: recall.meet_rivals(job_ids, lacking, self.job_class, taken, is_private=is_private))
             for index, one in zip(missing, met, strict=True):
                 if isinstance(one, int):
                     by_index[index] = made[one]
                 else:
                     known[index] = one
-            launch.new.known = known
             launch.ids = [made[one].id for one in met if isinstance(one, int)]
-        new = _New(known=known)
+        new = _New()
         for index, (configuration, one) in enumerate(zip(configurations, known, strict=True)):
             job = by_index.get(index) or self._make_again(configuration, one.record)
             if one.record is not None and one.outcome is None and one.source is None:

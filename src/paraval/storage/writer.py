@@ -91,7 +91,10 @@ class Writer:
         self._todo: list[tuple[Sequence[JobChange], Written]] = []
         self._later: dict[str, JobChange] = {}
         self._makers: list[Callable[[], Sequence[JobChange]]] = []
-        self._condition = threading.Condition()
+        # Entered by itself, and not through the condition: that is a function in Python, and where Ctrl-C comes at its end,
+        # nobody ever lets go of the lock.
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closing = False
         self._lease_s = lease_s
@@ -125,7 +128,7 @@ class Writer:
             try:
                 patiently(lambda: self._storage.insert_soon(search_id, records))
             finally:  # after an interrupt, too: they may be there
-                with self._condition:
+                with self._lock:
                     if self._flush_by == math.inf:
                         self._flush_by = time.monotonic() + _SOON_S
                     self._wake_by(self._flush_by)
@@ -142,7 +145,7 @@ class Writer:
         """
         if self._pace.awaits:
             self._pace.look(changes)
-        with self._condition:
+        with self._lock:
             for change in changes if self._later else ():
                 if change.status is not UNSET:
                     self._later.pop(change.id, None)  # what is put now says more
@@ -151,7 +154,7 @@ class Writer:
 
     def put_later(self, *changes: JobChange) -> None:
         """Have changes written with others, or after a moment; one is dropped when a newer one of its job comes."""
-        with self._condition:
+        with self._lock:
             self._later.update({change.id: change for change in changes})
             if changes and self._later_by == math.inf:
                 self._later_by = time.monotonic() + _LATER_S
@@ -159,7 +162,7 @@ class Writer:
 
     def put_later_made(self, make: Callable[[], Sequence[JobChange]]) -> None:
         """Have changes written likewise that are made when their time has come, in the thread."""
-        with self._condition:
+        with self._lock:
             self._makers.append(make)
             if self._later_by == math.inf:
                 self._later_by = time.monotonic() + _LATER_S
@@ -179,7 +182,7 @@ class Writer:
         if self._owner is None:
             begin = _lease_clock()
             patiently(lambda: self._storage.renew(owner, self._lease_s))
-            with self._condition:
+            with self._lock:
                 self._owner = owner
                 self._holds_until = begin + self._lease_s
                 self._renewed = time.monotonic()
@@ -187,7 +190,7 @@ class Writer:
 
     def close(self, timeout: float) -> bool:
         """Write all, and say that the owner has gone; False when that takes longer than ``timeout`` seconds."""
-        with self._condition:
+        with self._lock:
             thread = self._thread
             if thread is None or thread is threading.current_thread():
                 return True
@@ -201,7 +204,11 @@ class Writer:
             self._closing = False
             self._looks_at = -math.inf
             self._thread = threading.Thread(target=self._work, name="paraval-storage", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:  # Ctrl-C: nobody knows whether it has started, and so it is not the one
+                self._thread = None
+                raise
         else:
             self._condition.notify()
 
@@ -212,7 +219,9 @@ class Writer:
 
     def _work(self) -> None:
         while True:
-            with self._condition:
+            with self._lock:
+                if not self.is_here:
+                    return
                 self._rest()
                 todo, later, makers = self._take()
                 is_late, self._flush_by = self._flush_by < math.inf, math.inf  # what is written now includes it
@@ -278,7 +287,7 @@ class Writer:
                 self._flush_within(self._beat_s)
 
     def _flush_within(self, seconds: float) -> None:
-        with self._condition:
+        with self._lock:
             self._flush_by = min(self._flush_by, time.monotonic() + seconds)
 
     def _take(

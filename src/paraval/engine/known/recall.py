@@ -62,21 +62,29 @@ class Recall:
             self._read()
 
     def look_up(
-        self, configurations: Sequence[Mapping[str, Any]], job_class: type[Job], *, is_private: bool
+        self,
+        configurations: Sequence[Mapping[str, Any]],
+        job_class: type[Job],
+        taken: list[JobRecord],
+        *,
+        is_private: bool,
     ) -> list[Known]:
         """Say of each configuration what is known. Open jobs of drivers that are gone are adopted.
 
-        When nothing comes of it, be it that this raises, the records are given back with :meth:`give_back`.
+        The records that the next submissions do not meet any more are added to ``taken``: where nothing comes of this
+        one, they are to be given back with :meth:`give_back`. Where this raises, they are already.
         """
-        with self._lock:
-            if self._resumes:
-                self._read()
-            found = [self._resumed(configuration, job_class, is_private=is_private) for configuration in configurations]
         try:
             with self._lock:
+                if self._resumes:
+                    self._read()
+                found = [
+                    self._resumed(configuration, job_class, taken, is_private=is_private)
+                    for configuration in configurations
+                ]
                 return self._completed(found, configurations, job_class)
         except BaseException:
-            self.give_back([known or NOTHING for known in found], is_private=is_private)
+            self.give_back(taken, is_private=is_private)
             raise
 
     def meet_rivals(
@@ -84,6 +92,7 @@ class Recall:
         job_ids: Sequence[str],
         configurations: Sequence[Mapping[str, Any]],
         job_class: type[Job],
+        taken: list[JobRecord],
         *,
         is_private: bool,
     ) -> list[Known | int]:
@@ -96,6 +105,7 @@ class Recall:
             job_ids: of the new records, in the order of their numbers.
             configurations: theirs.
             job_class: of the jobs.
+            taken: as of :meth:`look_up`.
             is_private: whether they are.
 
         Returns:
@@ -104,37 +114,39 @@ class Recall:
         met: list[Known | int] = list(range(len(job_ids)))
         if not self._resumes or not job_ids:
             return met
-        with self._lock:
-            first = number_of(job_ids[0])
-            if first == self._next:  # nobody came since the last look
-                self._next = first + len(job_ids)
-            elif first > self._next:
-                self._read()
-            if not self._left:
-                return met
-            keys = [key_for(self._function, configuration) for configuration in configurations]
-            taken = [self._take(key, first, is_private=is_private) for key in keys]
-            rivals = [record for record in taken if record is not None]
-        if not rivals:
-            return met
-        found: list[Known | None] = [Known(record) for record in rivals]
+        before = len(taken)
         try:
             with self._lock:
-                self._adopt(rivals, found, job_class)
-                surplus = _arranged(met, keys, found)
-                self._set_aside([job_ids[index] for index in surplus], is_private=is_private)
+                first = number_of(job_ids[0])
+                if first == self._next:  # nobody came since the last look
+                    self._next = first + len(job_ids)
+                elif first > self._next:
+                    self._read()
+                if not self._left:
+                    return met
+                keys = [key_for(self._function, configuration) for configuration in configurations]
+                for key in keys:
+                    self._take(key, first, taken, is_private=is_private)
+                rivals = taken[before:]
+                if rivals:
+                    found: list[Known | None] = [Known(record) for record in rivals]
+                    self._adopt(rivals, found, job_class)
+                    surplus = _arranged(met, keys, found)
+                    self._set_aside([job_ids[index] for index in surplus], is_private=is_private)
                 return met
         except BaseException:
-            self.give_back([Known(record) for record in rivals], is_private=is_private)
+            self.give_back(taken, before, is_private=is_private)
             raise
 
-    def _take(self, key: bytes | None, before: float, *, is_private: bool) -> JobRecord | None:
+    def _take(self, key: bytes | None, before: float, taken: list[JobRecord], *, is_private: bool) -> JobRecord | None:
         """Take the next record of a configuration, if its number is lower than this one."""
         place = None if key is None else (key, is_private)
         records = None if place is None else self._left.get(place)
         if place is None or not records or number_of(records[0].id) >= before:
             return None
-        record = records.popleft()
+        record = records[0]
+        taken.append(record)  # first, as Ctrl-C may come after it
+        records.popleft()
         if not records:
             del self._left[place]
         return record
@@ -150,27 +162,32 @@ class Recall:
         """Take in the records that were made since the last time, but for those that were made here."""
         records, revision = self._storage.scan(self._search_id, self._revision)
         for record in sorted(records, key=lambda record: number_of(record.id)):
-            if number_of(record.id) < self._next:
+            number = number_of(record.id)
+            if number < self._next:
                 continue  # it has only changed: what is open is read again when it is met
-            self._next = number_of(record.id) + 1
             key = key_for(record.function, record.configuration) if record.function == self._function else None
             if key is not None and record.owner != self._owner:
-                self._left.setdefault((key, record.is_private), deque()).append(record)
+                place = self._left.setdefault((key, record.is_private), deque())
+                self._next = number + 1  # Ctrl-C cannot come between this and the next line
+                place.append(record)
+            self._next = number + 1
         self._revision = revision
 
-    def give_back(self, found: Sequence[Known], *, is_private: bool) -> None:
-        """Have the records that were found be met by the next submissions: these came to nothing."""
+    def give_back(self, taken: list[JobRecord], since: int = 0, *, is_private: bool) -> None:
+        """Have records, from a place on, be met by the next submissions: this one came to nothing."""
         with self._lock:
-            for known in found:
-                if known.record is not None:
-                    self._give_back(known.record, is_private=is_private)
+            while len(taken) > since:
+                self._give_back(taken[-1], is_private=is_private)
+                taken.pop()
 
     def _give_back(self, record: JobRecord, *, is_private: bool) -> None:
         key = key_for(record.function, record.configuration)
         if key is not None:
             records = self._left.setdefault((key, is_private), deque())
             number = number_of(record.id)
-            records.insert(sum(number_of(other.id) < number for other in records), record)
+            before = sum(number_of(other.id) < number for other in records)
+            if before == len(records) or records[before].id != record.id:  # else the taking was interrupted
+                records.insert(before, record)
 
     def _completed(
         self, found: list[Known | None], configurations: Sequence[Mapping[str, Any]], job_class: type[Job]
@@ -185,9 +202,11 @@ class Recall:
             for index, (known, configuration) in enumerate(zip(found, configurations, strict=True))
         ]
 
-    def _resumed(self, configuration: Mapping[str, Any], job_class: type[Job], *, is_private: bool) -> Known | None:
+    def _resumed(
+        self, configuration: Mapping[str, Any], job_class: type[Job], taken: list[JobRecord], *, is_private: bool
+    ) -> Known | None:
         key = key_for(self._function, configuration) if self._left else None
-        record = self._take(key, math.inf, is_private=is_private)
+        record = self._take(key, math.inf, taken, is_private=is_private)
         return None if record is None else Known(record, final_outcome(record, job_class), record.id, record)
 
     def _adopt(self, records: Sequence[JobRecord | None], found: list[Known | None], job_class: type[Job]) -> None:

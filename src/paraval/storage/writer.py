@@ -91,8 +91,8 @@ class Writer:
         self._todo: list[tuple[Sequence[JobChange], Written]] = []
         self._later: dict[str, JobChange] = {}
         self._makers: list[Callable[[], Sequence[JobChange]]] = []
-        # Entered by itself, and not through the condition: that is a function in Python, and where Ctrl-C comes at its end,
-        # nobody ever lets go of the lock.
+        # Entered by itself, and not through the condition: that is a function in Python, and where Ctrl-C comes at its
+        # end, nobody ever lets go of the lock.
         self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None

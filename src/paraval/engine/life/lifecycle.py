@@ -271,7 +271,8 @@ class Lifecycle:
     def _leave(self, engine: Engine) -> None:
         """Let another go on with a close that was interrupted: the engine stops, but may need its time for that."""
         with self._lock:
-            self._is_left = self._engine is engine
+            if self._engine is engine:  # else another was quicker
+                self._is_left = True
         self._ledger.look_again()
 
     def _end_close(self, engine: Engine) -> threading.Thread | None:

@@ -242,6 +242,27 @@ def test_gather(method: str) -> None:
     assert lost == []
 
 
+def test_the_bell_of_the_loop(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may have seen that somebody rings it, and was interrupted before it did."""
+    with make(method, double) as evaluator:
+        evaluator.submit(configurations(2))
+        evaluator.gather("ALL")
+        engine = evaluator._life.engine
+        assert engine is not None
+        heard = threading.Event()
+        with monkeypatch.context() as at:
+
+            def interrupted_ring(_answer: object) -> None:
+                at.undo()
+                assert engine.loop.call_soon(heard.set)
+                raise KeyboardInterrupt
+
+            at.setattr(engine.loop, "_schedule", interrupted_ring)
+            with pytest.raises(KeyboardInterrupt):
+                engine.loop.call_soon(lambda: None)
+        until(heard.is_set)
+
+
 def test_close(method: str) -> None:
     with make(method, double, num_workers=2) as evaluator:
         evaluator.submit(configurations(2))

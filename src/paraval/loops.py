@@ -7,6 +7,7 @@ before the loop has woken share it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -158,8 +159,10 @@ class Loop:
             except RuntimeError:  # asyncio: the loop is closed; trio: RunFinishedError
                 self._rung = False  # so that the next one hears of it too
                 return False
-            except BaseException:  # Ctrl-C: it may not have rung, and so the next one shall
+            except BaseException:  # Ctrl-C: it may not have rung, and others rely on it who have seen the flag
                 self._rung = False
+                with contextlib.suppress(RuntimeError):
+                    self._schedule(self._answer)
                 raise
         return True
 

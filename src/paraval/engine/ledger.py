@@ -75,13 +75,24 @@ class Booking:
 
 
 class _Waiter:
-    __slots__ = ("despite_failure", "error", "ready", "wake")
+    """It stays in the list until it has seen that it was woken: whoever wakes it may be interrupted before they do.
+
+    Attributes:
+        is_awake: whether it was woken.
+    """
+
+    __slots__ = ("_wake", "despite_failure", "error", "is_awake", "ready")
 
     def __init__(self, ready: Callable[[], bool], wake: Callable[[], object], despite_failure: bool) -> None:
         self.ready = ready
-        self.wake = wake
+        self._wake = wake
         self.despite_failure = despite_failure
         self.error: ParavalError | None = None
+        self.is_awake = False
+
+    def wake(self) -> None:
+        self._wake()
+        self.is_awake = True
 
 
 class Gate:
@@ -221,8 +232,9 @@ class Ledger:
         with self._lock:
             if lasting:
                 self.failure = error
-            for waiter in [waiter for waiter in self._waiters if not waiter.despite_failure]:
-                self._waiters.remove(waiter)
+            for waiter in self._waiters:
+                if waiter.despite_failure or waiter.is_awake:
+                    continue
                 waiter.error = error
                 waiter.wake()
             wakes = list(self._private.values())
@@ -291,10 +303,7 @@ class Ledger:
         """Under the lock: give what wakes those that need not wait any more; to be done without it, which they take."""
         if not self._waiters:
             return ()
-        ready = [waiter for waiter in self._waiters if waiter.ready()]
-        for waiter in ready:
-            self._waiters.remove(waiter)
-        return [waiter.wake for waiter in ready]
+        return [waiter.wake for waiter in self._waiters if not waiter.is_awake and waiter.ready()]
 
     # -- the caller's side ---------------------------------------------------------------------------------------------
 
